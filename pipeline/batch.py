@@ -20,7 +20,7 @@ class Batch:
     """This rank's slots of one global batch; always full, bad slots marked. Tensors are contiguous."""
 
     patches: torch.Tensor
-    """uint8 [batch, tokens, patch*patch*3]: kept patches; inside one: row, column, channel. Normalised on the device."""
+    """uint8 [batch, tokens, patch*patch*3]: kept patches, each row, column, channel. Normalised on the device."""
     positions: torch.Tensor
     """int16 [batch, tokens]: row-major index of each kept patch on the grid."""
     grid: tuple[int, int]

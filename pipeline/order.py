@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
 
-# What a Generator is for, as a word of its Philox key: the two uses never share a key.
+# What a Generator is for, as a word of its Philox counter: the two uses never share a number.
 _SHARDS, _WINDOW = 0, 1
 
 
@@ -48,7 +48,9 @@ class Order:
         self.shard_sizes = np.asarray(shard_sizes, np.int64)
         self.num_samples = int(self.shard_sizes.sum())
         self.batch_size, self.lanes, self.seed, self.window_shards = batch_size, lanes, seed, window_shards
-        if batch_size < 1 or lanes < 1 or batch_size % lanes:
+        if batch_size < 1 or lanes < 1:
+            raise ValueError(f"--batch-size {batch_size} in {lanes} lanes is nothing to train on; give at least 1 of each")
+        if batch_size % lanes:
             raise ValueError(f"--batch-size {batch_size} is not a multiple of the {lanes} lanes; change one of them")
         if batch_size > self.num_samples:
             raise ValueError(
@@ -76,21 +78,16 @@ class Order:
         return Slots(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def _lane_slots(self, lane: int, epoch: IntArray, place: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-        """The (epoch, shard, ordinal) at each place of a lane; place: int64 [n], 0 <= place < lane_length."""
+        """The (epoch, shard, ordinal) at consecutive places of a lane. place: int64 [n], 0 <= place < lane_length."""
         shard, ordinal = np.empty_like(place), np.empty_like(place)
         done = 0
         while done < len(place):
-            window = self._window_at(int(epoch[done]), lane, int(place[done]))
-            start, shards, ordinals = window
-            count = 1
-            while (
-                done + count < len(place)
-                and epoch[done + count] == epoch[done]
-                and place[done + count] < start + len(shards)
-            ):
-                count += 1
-            inside = place[done : done + count] - start
-            shard[done : done + count], ordinal[done : done + count] = shards[inside], ordinals[inside]
+            start, shards, ordinals = self._window_at(int(epoch[done]), lane, int(place[done]))
+            # Windows end where the lane does, so what is left of this one is all of one epoch.
+            first = int(place[done]) - start
+            count = min(len(place) - done, len(shards) - first)
+            shard[done : done + count] = shards[first : first + count]
+            ordinal[done : done + count] = ordinals[first : first + count]
             done += count
         return epoch, shard, ordinal
 

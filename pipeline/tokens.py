@@ -122,6 +122,14 @@ def crop_windows(
     )
 
 
+def caption_choice(
+    seed: int, epoch: npt.NDArray[np.int64], sample_ids: npt.NDArray[np.int64], num_captions: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Returns which of its captions each sample shows this epoch, evenly drawn; int64 [batch], as every argument."""
+    draws = uniform(seed, Stream.CAPTION, epoch, sample_ids, 1)[:, 0]
+    return (draws * num_captions).astype(np.int64)
+
+
 def patchify(pixels: npt.NDArray[np.uint8], patch: int) -> npt.NDArray[np.uint8]:
     """Cuts images into flattened patches, row-major over the grid; inside a patch: row, column, channel.
 

@@ -23,7 +23,7 @@ import simplejpeg
 
 from pipeline.ingest import emoji
 from pipeline.ingest.art import Picture, collect, ink_bounds, match, read_icons, read_labels, render
-from pipeline.ingest.npm import fetch, fetch_all, read_json
+from pipeline.ingest.npm import cache_dir, fetch, fetch_all, read_json
 from pipeline.ingest.recipe import EmojiRecipe, Package, Style, load
 
 ROOT = Path(__file__).parents[1]
@@ -466,10 +466,10 @@ def wait_until(condition: Any, seconds: float = 20) -> bool:
 
 
 @pytest.mark.slow
-def test_the_real_packages_have_the_art(cache: Path) -> None:
+def test_the_real_packages_have_the_art() -> None:
     recipe = load(ROOT / "datasets" / "emoji.toml")
     try:
-        tarballs = fetch_all([recipe.labels, *recipe.styles], cache)
+        tarballs = fetch_all([recipe.labels, *recipe.styles], cache_dir())
     except ValueError as error:
         pytest.skip(str(error))
     pictures = collect(recipe.labels, recipe.styles, tarballs)

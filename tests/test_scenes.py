@@ -187,6 +187,10 @@ def test_portraits_are_centred_on_white_and_carry_their_class() -> None:
         ("bus", "", "a bus"),
         ("water glass", "", "a water glass"),
         ("2nd place medal", "", "a 2nd place medal"),
+        ("x-ray", "", "an x-ray"),
+        ("ID button", "", "an ID button"),
+        ("rhinoceros", "", "a rhinoceros"),
+        ("man lifting weights", "big", "a big man lifting weights"),
     ],
 )
 def test_articles(noun: str, size: str, expected: str) -> None:

@@ -179,22 +179,24 @@ def paint_background(background: Background, image_size: int) -> Pixels:
 def with_article(noun: str, size: str = "") -> str:
     """Returns `a big apple`, `an umbrella`, `small scissors`: plurals go without an article."""
     words = f"{size} {noun}".strip()
-    head = re.split(r": | \(| with | of | in | on | and ", noun)[0].split()
-    plural = bool(re.search(r"[^sui]s$", head[-1])) or head[0] in ("people", "women", "men")
+    head = re.split(r": | \(| with | of | in | on | and | over | lifting | showing ", noun)[0].split()
+    plural = bool(re.search(r"[^suio]s$", head[-1])) or head[0] in ("people", "women", "men")
     if plural and not noun[0].isdigit():
         return words
     return f"{'an' if _VOWEL_SOUND.match(words) else 'a'} {words}"
 
 
 # Names keep their spelling, so the article follows the sound: an hourglass, an SOS button, a unicorn, a one-piece.
-_VOWEL_SOUND = re.compile(r"(?!uni|us[ae]|eu|ewe|one)[aeiou]|hour|SOS|NG |ID|8", re.IGNORECASE)
+_VOWEL_SOUND = re.compile(r"(?!uni|us[ae]|eu|ewe|one)[aeiou]|hour|x-|SOS|NG |8", re.IGNORECASE)
 
 
 def _lay_out(rng: np.random.Generator, chosen: Sequence[Picture], image_size: int) -> tuple[Placed, ...]:
     words = list(SIZES)
-    for attempt in range(LAYOUT_ATTEMPTS):
-        # Small objects in different cells cannot touch, so the last attempt always succeeds.
-        last = attempt == LAYOUT_ATTEMPTS - 1
+    attempt = 0
+    while True:
+        attempt += 1
+        # Then small objects only: in different cells they do not touch, but for a pixel of rounding.
+        last = attempt >= LAYOUT_ATTEMPTS
         cells = rng.choice(len(PLACES), len(chosen), replace=False)
         sizes = ["small" if last else words[int(i)] for i in rng.integers(len(words), size=len(chosen))]
         placed = tuple(
@@ -203,7 +205,6 @@ def _lay_out(rng: np.random.Generator, chosen: Sequence[Picture], image_size: in
         )
         if not any(_overlap(one, other) for i, one in enumerate(placed) for other in placed[:i]):
             return placed
-    raise AssertionError("small objects in different cells overlap")
 
 
 def _place(rng: np.random.Generator, picture: Picture, cell: int, size: str, image_size: int) -> Placed:

@@ -1,5 +1,3 @@
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
 """Samples in, webdataset shards out, in the layout that img2dataset writes: NNNNN.tar and NNNNN.parquet.
 
 A shard is complete when its parquet exists: the tar is written under another name, renamed when whole, and the parquet

@@ -1,0 +1,62 @@
+# `make demo` and `make test` work on a fresh clone: each makes .venv first if it is missing.
+#
+#   make demo       make the starter data, train on it, validate; the picture is runs/demo/report.png
+#   make test       lint, then the tests that take minutes at most
+#   make test-full  the long tests
+#   make lint       ruff and pyright alone
+#   make clean      remove the environments and caches; `make clean-data` removes data/ and runs/
+#
+# The Python to build .venv with (3.11 or 3.12):  make test PYTHON=python3.12
+# pip's own variables apply. On Linux without an NVIDIA GPU this one saves a CUDA build of several GB:
+#   make demo PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: demo test test-full lint clean clean-data
+.NOTPARALLEL:
+
+demo: .venv/.installed
+	$(RUN) ingest.py datasets/emoji.toml --out data/emoji
+	$(RUN) train.py --preset training/presets/demo.toml
+	$(RUN) validate.py runs/demo --data data/emoji/zero_shot --baseline data/emoji/train --report
+	$(RUN) validate.py runs/demo --data data/emoji/retrieval
+	@echo "picture: runs/demo/report.png"
+
+test: lint
+	$(RUN) -m pytest -m "not slow and not gpu"
+
+test-full: .venv/.installed-dev
+	$(RUN) -m pytest -m slow
+
+lint: .venv/.installed-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
+
+# What it takes to run: the starter's renderer, no development tools.
+.venv/.installed: pyproject.toml
+	$(call install,starter)
+	@touch $@
+
+# What it takes to test, which includes the former.
+.venv/.installed-dev: pyproject.toml
+	$(call install,starter$(comma)dev)
+	@touch .venv/.installed $@
+
+comma := ,
+define install
+@if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then \
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null || \
+		{ echo "error: $(PYTHON) is not Python 3.11 or 3.12; name one that is: make PYTHON=python3.12" >&2; exit 1; }; \
+	$(PYTHON) -m venv .venv; \
+fi
+@echo "installing .[$(1)] into .venv"
+@.venv/bin/python -m pip install --quiet -e '.[$(1)]'
+endef
+
+clean:
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -path ./data -prune -o -path ./runs -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+clean-data:
+	rm -rf data runs

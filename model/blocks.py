@@ -1,0 +1,73 @@
+"""The pre-norm transformer block both towers are stacked from, and the ways to initialise a stack.
+
+Under autocast the residual stream and the norms stay in float32; the products run in the lower precision.
+
+Shapes: B pairs, N tokens, D width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .attention import Backend, SelfAttention
+from .presets import Activation, BlockInit, ImageConfig, TextConfig
+
+ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "gelu": nn.GELU,
+}
+
+
+class Block(nn.Module):
+    """x_BND to x_BND: attention, then a two-layer perceptron, each behind its norm and added to what came in."""
+
+    def __init__(
+        self, tower: ImageConfig | TextConfig, activation: Activation, norm_eps: float, backend: Backend
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(tower.width, eps=norm_eps)
+        self.attention = SelfAttention(tower.width, tower.heads, backend)
+        self.mlp_norm = nn.LayerNorm(tower.width, eps=norm_eps)
+        self.mlp_in = nn.Linear(tower.width, tower.mlp_width)
+        self.activation = ACTIVATIONS[activation]()
+        self.mlp_out = nn.Linear(tower.mlp_width, tower.width)
+
+    def forward(self, x_BND: torch.Tensor) -> torch.Tensor:
+        x_BND = x_BND + self.attention(self.attention_norm(x_BND))
+        return x_BND + self.mlp_out(self.activation(self.mlp_in(self.mlp_norm(x_BND))))
+
+
+def block_stack(
+    tower: ImageConfig | TextConfig, activation: Activation, norm_eps: float, backend: Backend
+) -> nn.ModuleList:
+    """Returns the tower's blocks in order, initialised as `tower.block_init` says, from torch's global generator."""
+    blocks = [Block(tower, activation, norm_eps, backend) for _ in range(tower.layers)]
+    for block in blocks:
+        for linear in (block.attention.qkv, block.attention.out, block.mlp_in, block.mlp_out):
+            nn.init.zeros_(linear.bias)
+        BLOCK_INITS[tower.block_init](block, tower)
+    return nn.ModuleList(blocks)
+
+
+def _xavier(block: Block, tower: ImageConfig | TextConfig) -> None:
+    # Query, key and value are separate matrices to the initialiser, each with fan-out D, though they are stored as one.
+    for weight in block.attention.qkv.weight.chunk(3):
+        nn.init.xavier_uniform_(weight)
+    for linear in (block.attention.out, block.mlp_in, block.mlp_out):
+        nn.init.xavier_uniform_(linear.weight)
+
+
+def _scaled_normal(block: Block, tower: ImageConfig | TextConfig) -> None:
+    std = tower.width**-0.5
+    nn.init.normal_(block.attention.qkv.weight, std=std)
+    nn.init.normal_(block.mlp_in.weight, std=std * 2**-0.5)
+    # What is added to the residual stream shrinks with depth, so that the stream's variance does not grow with it.
+    for linear in (block.attention.out, block.mlp_out):
+        nn.init.normal_(linear.weight, std=std * (2 * tower.layers) ** -0.5)
+
+
+BLOCK_INITS: dict[BlockInit, Callable[[Block, ImageConfig | TextConfig], None]] = {
+    "xavier": _xavier,
+    "scaled_normal": _scaled_normal,
+}

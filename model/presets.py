@@ -1,0 +1,175 @@
+"""Which encoders there are: frozen configs by name, and their way through JSON, since a checkpoint carries its config.
+
+What sets two dialects of CLIPA apart (pooling, activation, epsilon, initialisation) is data here, never a branch there.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+Activation = Literal["gelu_tanh", "gelu"]
+BlockInit = Literal["xavier", "scaled_normal"]
+ImagePooling = Literal["patch_mean", "class"]
+TextPooling = Literal["last"]
+Tokenizer = Literal["wordpiece"]
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """A vision transformer over flattened patches. Its class token is always there, whether it is pooled or not."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    patch: int
+    """Side of a patch, in pixels."""
+    pooling: ImagePooling
+    """`class`: the class token. `patch_mean`: the mean over the patch tokens alone. The final norm comes after."""
+    block_init: BlockInit = "xavier"
+
+    def __post_init__(self) -> None:
+        _check_tower("image", self)
+        if self.width % 4 or self.width < 8:
+            raise ValueError(
+                f"image width {self.width} must be 8 or more and a multiple of 4 for 2-D sin-cos positions"
+            )
+
+    @property
+    def patch_values(self) -> int:
+        """Values of one flattened patch: row, column, channel."""
+        return self.patch * self.patch * 3
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A bidirectional transformer over token ids; padding is not masked."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    vocabulary: int = 32_000
+    """Rows of the embedding table. BERT's WordPiece uses 30,522 of them."""
+    tokenizer: Tokenizer = "wordpiece"
+    pooling: TextPooling = "last"
+    """`last`: the last position, often padding. Odd, but it is what the published weights were trained with."""
+    block_init: BlockInit = "scaled_normal"
+
+    def __post_init__(self) -> None:
+        _check_tower("text", self)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the parameters' shapes and meaning, save the text length."""
+
+    name: str
+    image: ImageConfig
+    text: TextConfig
+    embed_dim: int
+    activation: Activation = "gelu_tanh"
+    norm_eps: float = 1e-6
+    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Of pixels scaled to 0-1; red, green, blue (ImageNet)."""
+    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        _check_choices("model", self)
+        if self.embed_dim < 1:
+            raise ValueError(f"model embed_dim {self.embed_dim} is below 1")
+        if len(self.pixel_mean) != 3 or len(self.pixel_std) != 3 or min(self.pixel_std) <= 0:
+            raise ValueError(
+                f"model pixel_mean {self.pixel_mean} and pixel_std {self.pixel_std} need 3 values each, std above 0"
+            )
+
+
+def _check_tower(kind: str, tower: ImageConfig | TextConfig) -> None:
+    _check_choices(kind, tower)
+    for field in dataclasses.fields(tower):
+        value = getattr(tower, field.name)
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{kind} {field.name} {value} is below 1")
+    if tower.width % tower.heads:
+        raise ValueError(f"{kind} width {tower.width} is no multiple of its {tower.heads} heads")
+
+
+def _check_choices(kind: str, config: object) -> None:
+    for name, hint in get_type_hints(type(config)).items():
+        value, choices = getattr(config, name), get_args(hint)
+        if get_origin(hint) is Literal and value not in choices:
+            raise ValueError(f"{kind} {name} {value!r} is not known; choose from {', '.join(choices)}")
+
+
+# Sizes: CLIPA, NeurIPS 2023 (arXiv 2305.07017). The published S, B and L of the sweep pool the class token.
+_CONFIGS = (
+    ModelConfig(
+        "ViT-Ti-16",  # ours, for laptops: not in the paper
+        ImageConfig(width=192, layers=6, heads=3, mlp_width=768, patch=16, pooling="patch_mean"),
+        TextConfig(width=128, layers=4, heads=2, mlp_width=512),
+        embed_dim=192,
+    ),
+    ModelConfig(
+        "ViT-S-16",
+        ImageConfig(width=384, layers=12, heads=6, mlp_width=1536, patch=16, pooling="class"),
+        TextConfig(width=384, layers=12, heads=6, mlp_width=1536),
+        embed_dim=384,
+    ),
+    ModelConfig(
+        "ViT-B-16",
+        ImageConfig(width=768, layers=12, heads=12, mlp_width=3072, patch=16, pooling="class"),
+        TextConfig(width=512, layers=12, heads=8, mlp_width=2048),
+        embed_dim=512,
+    ),
+    ModelConfig(
+        "ViT-L-16",
+        ImageConfig(width=1024, layers=24, heads=16, mlp_width=4096, patch=16, pooling="class"),
+        TextConfig(width=768, layers=12, heads=12, mlp_width=3072),
+        embed_dim=768,
+    ),
+)
+
+PRESETS: dict[str, ModelConfig] = {config.name: config for config in _CONFIGS}
+
+
+def model_config(name: str) -> ModelConfig:
+    """Returns the preset of that name. Raises ValueError, naming the closest there are, for any other."""
+    if name in PRESETS:
+        return PRESETS[name]
+    folded = {preset.lower(): preset for preset in PRESETS}
+    close = [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.6)]
+    hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(PRESETS)}"
+    raise ValueError(f"--model {name} is not known; {hint}")
+
+
+def to_json(config: ModelConfig) -> dict[str, Any]:
+    """Returns the config as JSON values: objects, lists, numbers and strings."""
+    values = dataclasses.asdict(config)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def from_json(values: Mapping[str, Any]) -> ModelConfig:
+    """Returns the config that `to_json` wrote. A field left out takes its default; an unknown one raises ValueError."""
+    fields = dict(values)
+    image = _construct(ImageConfig, "image.", fields.pop("image", {}))
+    text = _construct(TextConfig, "text.", fields.pop("text", {}))
+    for key in ("pixel_mean", "pixel_std"):
+        if key in fields:
+            fields[key] = tuple(fields[key])
+    return _construct(ModelConfig, "", {**fields, "image": image, "text": text})
+
+
+_Config = TypeVar("_Config", ModelConfig, ImageConfig, TextConfig)
+
+
+def _construct(kind: type[_Config], where: str, values: Mapping[str, Any]) -> _Config:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+    missing = sorted(required - set(values))
+    if unknown or missing:
+        wrong = f"has an unknown field {where}{unknown[0]}" if unknown else f"lacks the field {where}{missing[0]}"
+        raise ValueError(f"the model's config {wrong}; was it written by another version of this program?")
+    return kind(**values)

@@ -1,0 +1,66 @@
+"""What the two decoders share: the contract, and the plain reference that tests hold both to.
+
+A decoder takes JPEG bytes and crop windows and gives uint8 patches; it draws nothing at random and knows nothing of
+epochs, so either one gives every run the same crops.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from .tokens import Geometry, Windows, patchify
+
+UNDECODABLE = "JPEG cannot be decoded"
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Patches of a batch, and the slots that have none."""
+
+    patches: torch.Tensor
+    """uint8 [batch, tokens, patch*patch*3], contiguous; on the CPU, or on the GPU where that decoded. Zeros in a bad slot
+    or a placeholder's pixels: no loss may read them."""
+    faults: dict[int, str]
+    """Slot -> reason."""
+
+
+class Decoder(Protocol):
+    """Not safe for several threads at once: each has its own."""
+
+    def decode(
+        self,
+        jpegs: Sequence[bytes | None],
+        windows: Windows,
+        widths: npt.NDArray[np.int32],
+        heights: npt.NDArray[np.int32],
+    ) -> Decoded:
+        """Returns the patches of each image's window; None stands for a slot that has no image.
+
+        windows: float64 [batch, 4] as tokens.Windows. widths, heights: int32 [batch], as the index has them.
+        """
+        ...
+
+
+def reference(jpeg: bytes, window: npt.NDArray[np.float64], geometry: Geometry) -> npt.NDArray[np.uint8]:
+    """Returns one image's patches the plain way: full decode, antialiased triangle filter of the fractional window.
+
+    uint8 [tokens, patch*patch*3]. Slow and exact to 1 of 255; the decoders are compared with it.
+    """
+    with Image.open(io.BytesIO(jpeg)) as image:
+        left, top, width, height = (float(value) for value in window)
+        size = (geometry.image_size, geometry.image_size)
+        box = (left, top, min(left + width, image.width), min(top + height, image.height))
+        square = image.convert("RGB").resize(size, Image.Resampling.BILINEAR, box=box)
+    return patchify(np.asarray(square)[None], geometry.patch)[0]
+
+
+def psnr(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> float:
+    """Returns the peak signal-to-noise ratio of two uint8 arrays of one shape, in dB; 100 for equal ones."""
+    error = float(np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2))
+    return 100.0 if error == 0 else min(100.0, 10 * np.log10(255.0**2 / error))

@@ -1,0 +1,153 @@
+"""Everything joined: steps in, ready batches out, in order, made ahead of time by threads behind a bounded queue.
+
+A batch is a pure function of its step, so threads, prefetch depth and decoder change nothing, and the whole state is
+the step plus the samples found bad on the way (kept only so that a bad image is not decoded again).
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from .batch import Batch, Rejection
+from .captions import WordPieceTruncate
+from .decode import Decoder
+from .decode_dali import DaliDecoder
+from .decode_turbo import TurboDecoder
+from .index import Index, IntArray
+from .order import Order
+from .read import Reader, Rows
+from .tokens import CropRange, Geometry, Windows, caption_choice, crop_windows, whole_windows
+
+DecoderName = Literal["dali", "turbo"]
+
+STAGES: tuple[str, ...] = ("order", "plan", "read", "decode", "captions")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of a batch is the same at every step."""
+
+    geometry: Geometry
+    text_tokens: int
+    decoder: DecoderName
+    crop: CropRange = CropRange()
+    seed: int = 0
+    device_id: int | None = None
+    """The GPU on which DALI decodes; None for the CPU."""
+
+    def new_decoder(self, batch_size: int) -> Decoder:
+        """Returns a decoder for one thread. Raises ValueError where the library for it is missing."""
+        if self.decoder == "dali":
+            return DaliDecoder(self.geometry, batch_size, self.device_id)
+        return TurboDecoder(self.geometry)
+
+
+class Loader:
+    """Batches of a run. `batch(step)` makes one; `batches` makes them ahead, on threads."""
+
+    def __init__(self, index: Index, order: Order, settings: Settings, *, rank: int = 0, world_size: int = 1) -> None:
+        """Raises ValueError where ranks cannot share the order's lanes, and where a decoder or vocabulary is missing."""
+        self.index, self.order, self.settings = index, order, settings
+        self.rank, self.world_size = rank, world_size
+        self.local_batch_size = order.batch_size // world_size
+        self.reader = Reader(index)
+        self.tokenizer = WordPieceTruncate(settings.text_tokens)
+        self.known_bad: dict[int, str] = {}
+        """Sample id -> reason, of the images that no decoder could read."""
+        self.stage_seconds = dict.fromkeys(STAGES, 0.0)
+        """CPU time of the worker threads by stage, summed over batches."""
+        self._local = threading.local()
+        order.slots(0, rank, world_size)
+        # A missing library is found now, not in the first batch on some thread.
+        self._decoder()
+
+    def batch(self, step: int) -> Batch:
+        """Returns this rank's slots of global batch `step` (0-based). Raises ReadFailed when the disk refuses."""
+        clock = _StageClock(self.stage_seconds)
+        slots = self.order.slots(step, self.rank, self.world_size)
+        rows = self.reader.locate(slots)
+        clock.lap("order")
+        seed = self.settings.seed
+        windows = crop_windows(seed, slots.epoch, rows.sample_ids, rows.width, rows.height, self.settings.crop)
+        choice = caption_choice(seed, slots.epoch, rows.sample_ids, rows.num_captions)
+        clock.lap("plan")
+        return self._assemble(rows, windows, choice, clock)
+
+    def batches(self, first_step: int, end_step: int, *, threads: int = 1, prefetch: int = 2) -> Iterator[Batch]:
+        """Yields the batches of steps [first_step, end_step) in order, at most threads + prefetch of them made ahead."""
+        with ThreadPoolExecutor(threads, thread_name_prefix="loader") as pool:
+            ahead: deque[Future[Batch]] = deque()
+            try:
+                for step in range(first_step, end_step + threads + prefetch):
+                    if step < end_step:
+                        ahead.append(pool.submit(self.batch, step))
+                    if step >= first_step + threads + prefetch or (step >= end_step and ahead):
+                        yield ahead.popleft().result()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def evaluation_batches(self, sample_ids: IntArray, batch_size: int) -> Iterator[Batch]:
+        """Yields the given samples in order: whole images squeezed to the square, first captions. The last may be short."""
+        for start in range(0, len(sample_ids), batch_size):
+            rows = self.reader.locate_ids(sample_ids[start : start + batch_size])
+            windows = whole_windows(rows.width, rows.height)
+            yield self._assemble(rows, windows, np.zeros(len(windows), np.int64), _StageClock(self.stage_seconds))
+
+    def _assemble(self, rows: Rows, windows: Windows, choice: IntArray, clock: "_StageClock") -> Batch:
+        ids = rows.sample_ids.tolist()
+        jpegs: list[bytes | None] = []
+        faults: dict[int, str] = {}
+        for slot, jpeg in enumerate(self.reader.images(rows)):
+            fault = self.known_bad.get(ids[slot]) if isinstance(jpeg, bytes) else jpeg
+            jpegs.append(None if fault else jpeg if isinstance(jpeg, bytes) else None)
+            if fault:
+                faults[slot] = fault
+        captions = self.reader.captions(rows, choice)
+        clock.lap("read")
+        decoded = self._decoder().decode(jpegs, windows, rows.width, rows.height)
+        for slot, fault in decoded.faults.items():
+            self.known_bad[ids[slot]] = faults[slot] = fault
+        clock.lap("decode")
+        caption_ids = self.tokenizer.encode(captions)
+        clock.lap("captions")
+        geometry = self.settings.geometry
+        valid = np.ones(len(ids), np.bool_)
+        valid[list(faults)] = False
+        positions = np.broadcast_to(np.arange(geometry.tokens, dtype=np.int16), (len(ids), geometry.tokens)).copy()
+        return Batch(
+            patches=decoded.patches,
+            positions=torch.from_numpy(positions),
+            grid=geometry.grid,
+            caption_ids=torch.from_numpy(caption_ids),
+            valid=torch.from_numpy(valid),
+            sample_ids=torch.from_numpy(rows.sample_ids),
+            rejected=tuple(self._rejection(ids[slot], reason) for slot, reason in sorted(faults.items())),
+        )
+
+    def _rejection(self, sample_id: int, reason: str) -> Rejection:
+        shard, row = self.index.locate(sample_id)
+        return Rejection(sample_id, self.index.shards[shard].path, self.reader.key(shard, row), reason)
+
+    def _decoder(self) -> Decoder:
+        if not hasattr(self._local, "decoder"):
+            self._local.decoder = self.settings.new_decoder(self.local_batch_size)
+        return self._local.decoder
+
+
+class _StageClock:
+    """Adds a thread's CPU time to a stage. Threads may lose an addition to each other: a report, not a count."""
+
+    def __init__(self, seconds: dict[str, float], clock: Callable[[], float] = time.thread_time) -> None:
+        self._seconds, self._clock, self._last = seconds, clock, clock()
+
+    def lap(self, stage: str) -> None:
+        now = self._clock()
+        self._seconds[stage] += now - self._last
+        self._last = now

@@ -1,0 +1,278 @@
+"""Trains a CLIP on short token sequences: `python train.py --tokens 16`. The same command again resumes.
+
+The loop stands here, top to bottom: next batch, forward, loss, backward, step, log. What it is made of is in
+pipeline/ (batches), model/ (encoders, loss) and training/ (the rest).
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from model.clip import CLIP, gflops_per_pair
+from model.loss import info_nce
+from model.presets import model_config, to_json
+from pipeline.index import Index, open_index
+from pipeline.loader import Loader, Settings
+from pipeline.order import Order, default_lanes
+from training import checkpoint, optim
+from training.config import STARTER, Config, parse, record, refuse_other_run
+from training.metrics import LEDGER, METRICS, REJECTED, RunLog, StepTimer, ids_hash
+from training.schedule import learning_rate
+from validate import ShardSet, zero_shot_accuracy
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM, with a checkpoint saved."""
+NON_FINITE_LIMIT = 20
+"""Steps in a row with a loss that is not finite before the run stops."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0 finished, 2 for what the user can mend, 130 interrupted with a checkpoint saved."""
+    try:
+        return train(parse(sys.argv[1:] if arguments is None else arguments, __doc__ or ""))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def train(config: Config) -> int:
+    """Trains, or goes on training, as the config says. Returns the exit code."""
+    run = config.run_folder
+    last = prepare_run_folder(config)
+    if last is not None and last.state["step"] >= config.total_steps:
+        print(f"{run} is finished: {last.state['step']:,} steps, {last.state['samples_seen']:,} pairs; nothing to do")
+        return 0
+    device, decoder, precision = resolve(config)
+    make_starter(config)
+    index = open_index([Path(folder) for folder in config.data])
+    lanes = config.lanes or default_lanes(config.batch_size)
+    order = Order(index.shard_sizes, batch_size=config.batch_size, seed=config.seed, lanes=lanes)
+    geometry = config.geometry
+    settings = Settings(geometry, config.text_tokens, decoder, config.crop, config.seed)
+    loader = Loader(index, order, settings)
+
+    torch.manual_seed(config.seed)
+    encoders = model_config(config.model)
+    model = CLIP(encoders, grid=geometry.grid, text_tokens=config.text_tokens, attention=config.attention).to(device)
+    forward = torch.compile(model) if config.compile else model
+    optimizer = optim.build(model, weight_decay=config.weight_decay, beta2=config.beta2)
+    describe(config, model, index, order, device, decoder, precision)
+
+    step = samples_seen = 0
+    if last is not None:
+        if last.state["index_digest"] != index.digest:
+            raise ValueError(f"{run} was trained on other data: the shards changed since; use another --out")
+        model.load_state_dict(last.model_tensors())
+        optim.load_state_tensors(model, optimizer, last.optimizer_tensors())
+        step, samples_seen = last.state["step"], last.state["samples_seen"]
+        loader.known_bad.update({int(sample): reason for sample, reason in last.state["known_bad"].items()})
+        print(f"resuming at step {step:,} from {last.path}")
+    else:
+        (run / "config.json").write_text(json.dumps({**record(config), "encoders": to_json(encoders)}, indent=1) + "\n")
+    log = RunLog(run, step, loader.known_bad)
+
+    def save() -> None:
+        known_bad = {str(sample): reason for sample, reason in sorted(loader.known_bad.items())}
+        state = {"samples_seen": samples_seen, "index_digest": index.digest, "known_bad": known_bad}
+        tensors = optim.state_tensors(model, optimizer)
+        checkpoint.save(run, step, model.state_dict(), tensors, state, config.keep_checkpoints)
+
+    held_out = ShardSet(Path(config.eval_data), settings) if config.eval_every and config.eval_data else None
+    stop = StopSignal()
+    timer = StepTimer()
+    hashes: list[str] = []
+    losses: list[torch.Tensor] = []
+    rejected = non_finite = 0
+    total_samples = config.total_steps * config.batch_size
+    batches = loader.batches(step, config.total_steps, threads=config.threads, prefetch=config.prefetch)
+    for _ in range(step, config.total_steps):
+        waiting = time.perf_counter()
+        batch = next(batches)
+        timer.waited(time.perf_counter() - waiting)
+        batch = batch.pin_memory().to(device) if device.type == "cuda" else batch
+
+        rate = learning_rate(
+            samples_seen, peak=config.lr, warmup_samples=config.warmup_samples, total_samples=total_samples
+        )
+        optim.set_learning_rate(optimizer, rate)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            image_features, text_features, logit_scale = forward(batch.patches, batch.positions, batch.caption_ids)
+        loss = info_nce(image_features, text_features, logit_scale, batch.valid)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+        step += 1
+        samples_seen += config.batch_size
+        ids = batch.sample_ids.numpy()
+        hashes.append(ids_hash(ids))
+        losses.append(loss.detach())
+        rejected += log.rejections(step, batch.rejected)
+        if config.ledger:
+            log.ledger(step, ids)
+
+        ending = stop.asked or step == config.total_steps
+        evaluating = held_out is not None and (step % config.eval_every == 0 or step == config.total_steps)
+        saving = ending or step % config.checkpoint_every == 0
+        if evaluating or saving or step % config.log_every == 0:
+            # Reading losses waits for the device, so it is done here only.
+            recent = torch.stack(losses).tolist()
+            non_finite = count_non_finite(recent, non_finite, run, step)
+            values: dict[str, Any] = {
+                "step": step,
+                "samples_seen": samples_seen,
+                "loss": sum(recent) / len(recent),
+                "lr": rate,
+                "logit_scale": float(logit_scale),
+                **timer.rates(len(recent) * config.batch_size),
+                "rejected": rejected,
+                "ledger": hashes,
+            }
+            if held_out is not None and evaluating:
+                values |= zero_shot_accuracy(model, held_out)
+            log.metrics(values)
+            print(log_line(values, config.total_steps, device), flush=True)
+            hashes, losses = [], []
+            if saving:
+                save()
+            timer.restart()
+        if stop.asked and step < config.total_steps:
+            print(f"interrupted at step {step:,}; checkpoint saved; the same command goes on from there")
+            return INTERRUPTED
+    print(f"finished: {step:,} steps, {samples_seen:,} pairs; checkpoint in {checkpoint.list_steps(run)[-1]}")
+    return 0
+
+
+def prepare_run_folder(config: Config) -> checkpoint.Checkpoint | None:
+    """Returns the checkpoint to go on from, or None for a new run, whose folder then holds nothing of an older one.
+
+    Raises ValueError where the folder holds a run of other values, or only damaged checkpoints.
+    """
+    run = config.run_folder
+    if config.resume == "never":
+        shutil.rmtree(run / checkpoint.FOLDER, ignore_errors=True)
+        for name in ("config.json", METRICS, REJECTED, LEDGER):
+            (run / name).unlink(missing_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
+    recorded = run / "config.json"
+    if not recorded.exists():
+        if checkpoint.list_steps(run):
+            raise ValueError(f"{run} has checkpoints but no config.json; use another --out, or --resume never")
+        return None
+    try:
+        old = json.loads(recorded.read_text())
+    except ValueError:
+        raise ValueError(f"{recorded} is damaged; use another --out, or --resume never") from None
+    refuse_other_run(old, config, run)
+    last, passed_over = checkpoint.newest(run)
+    for phrase in passed_over:
+        print(f"passed over a damaged checkpoint: {phrase}", file=sys.stderr)
+    if last is None and passed_over:
+        raise ValueError(f"{run}: every checkpoint is damaged; --resume never starts anew")
+    return last
+
+
+def resolve(config: Config) -> tuple[torch.device, str, str]:
+    """Returns what the three `auto`s come to: device, decoder, precision."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device is here (or this torch is built without CUDA); use --device cpu")
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    decoder = config.decoder if config.decoder != "auto" else "dali" if cuda else "turbo"
+    precision = config.precision if config.precision != "auto" else "bf16" if cuda else "fp32"
+    return torch.device("cuda" if cuda else "cpu"), decoder, precision
+
+
+def make_starter(config: Config) -> None:
+    """Makes the starter data where a run asks for it and it is not there yet."""
+    starter = Path(STARTER)
+    if STARTER in config.data and not any(starter.glob("*.tar")):
+        print(f"--data {STARTER} is not there yet: making the starter (once, about a minute)")
+        from ingest import main as ingest
+
+        ingest(["datasets/emoji.toml", "--out", str(starter.parent)])
+
+
+def describe(
+    config: Config, model: CLIP, index: Index, order: Order, device: torch.device, decoder: str, precision: str
+) -> None:
+    """Prints every value that follows from others."""
+    geometry, count = config.geometry, model.num_parameters()
+    image, text = gflops_per_pair(model.config, config.tokens, config.text_tokens)
+    rows, columns = geometry.grid
+    print(f"run       {config.run_folder}")
+    print(
+        f"image     {config.tokens} tokens by {config.image_reduction}: {geometry.image_size} px, "
+        f"grid {rows} x {columns}, patch {geometry.patch}"
+    )
+    print(f"text      {config.text_tokens} tokens by {config.text_reduction}")
+    print(
+        f"model     {config.model}: {count['total'] / 1e6:.2f} M parameters "
+        f"(image {count['image'] / 1e6:.2f}, text {count['text'] / 1e6:.2f})"
+    )
+    print(f"compute   {3 * (image + text):.3f} GFLOPs a pair and step (forward: image {image:.3f}, text {text:.3f})")
+    left_out = "".join(f", {count:,} {reason}" for reason, count in index.rejected.items())
+    print(f"data      {index.num_usable:,} pairs in {len(index.shards)} shards{left_out}")
+    print(
+        f"length    {config.total_steps:,} steps of {config.batch_size:,} pairs: "
+        f"{config.total_steps * config.batch_size / order.num_samples:.1f} epochs in {order.lanes} lanes"
+    )
+    print(f"device    {device.type}, {precision}; decoder {decoder}; {torch.get_num_threads()} threads", flush=True)
+
+
+def log_line(values: dict[str, Any], total_steps: int, device: torch.device) -> str:
+    """One plain line that survives a log file."""
+    left = (total_steps - values["step"]) * values["samples_seen"] / values["step"] / values["images_per_s"]
+    parts = [
+        f"step {values['step']}/{total_steps}",
+        f"loss {values['loss']:.3f}",
+        f"scale {values['logit_scale']:.1f}",
+        f"{values['images_per_s']:,.0f} img/s",
+        f"wait {values['data_wait_fraction']:.1%}",
+        f"eta {left / 60:.0f}m" if left >= 60 else f"eta {left:.0f}s",
+    ]
+    if device.type == "cuda":
+        parts.insert(5, f"mem {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    if values["rejected"]:
+        parts.append(f"bad samples {values['rejected']}")
+    if "zero_shot_top1" in values:
+        parts.append(f"zero-shot {values['zero_shot_top1']:.1%}")
+    return "  ".join(parts)
+
+
+def count_non_finite(losses: list[float], before: int, run: Path, step: int) -> int:
+    """Returns how many of the newest losses in a row are not finite. Raises ValueError when they are too many."""
+    for loss in losses:
+        before = 0 if abs(loss) < float("inf") else before + 1
+    if before >= NON_FINITE_LIMIT:
+        raise ValueError(
+            f"the loss was not finite for {before} steps up to step {step}; "
+            f"go on from the last checkpoint in {run} with a lower --lr (in a new --out)"
+        )
+    return before
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a question the loop asks between steps; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            os._exit(INTERRUPTED)
+        self.asked = True
+        print("stopping after this step; once more to stop at once", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

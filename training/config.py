@@ -1,0 +1,205 @@
+"""The command line in, a checked frozen Config out; and a run folder's config.json, which resume compares with it.
+
+A preset (TOML) becomes flags that stand before the user's own, so both are checked alike and the user's win.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from model.presets import model_config
+from pipeline.tokens import CropRange, Geometry, token_geometry
+
+STARTER = "data/emoji/train"
+"""What --data is when nobody says: made on first use."""
+
+MAY_DIFFER = frozenset(
+    "data out steps samples log_every checkpoint_every keep_checkpoints ledger eval_data eval_every threads prefetch "
+    "decoder device preset resume".split()
+)
+"""What may be another when a run is resumed. The data itself is held to the index's digest, not to its path."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a CLIP on short token sequences. The same command run again resumes."""
+
+    data: tuple[str, ...] = (STARTER,)
+    """Folders of shards (NNNNN.tar). By default the starter, made on first use."""
+    out: Path | None = None
+    """The run folder; by default runs/MODEL-TOKENS."""
+    preset: Path | None = None
+    """A TOML file of values for these flags; flags on the command line win."""
+    model: str = "ViT-B-16"
+    """Which encoders, by name."""
+    tokens: int = 16
+    """Image tokens kept per image; the class token is not counted."""
+    image_reduction: Literal["resize"] = "resize"
+    """How image tokens are thrown away before the encoder."""
+    image_size: int | None = None
+    """Side of the square image, in pixels; follows from --tokens."""
+    text_tokens: int = 16
+    """Text tokens per caption, special tokens counted."""
+    text_reduction: Literal["truncate"] = "truncate"
+    """How text tokens are thrown away."""
+    crop_area: tuple[float, float] = (0.4, 1.0)
+    """Random crop: smallest and largest share of the image's area."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Random crop: smallest and largest width/height."""
+    batch_size: int = 1024
+    """Global batch, in image-text pairs."""
+    lanes: int | None = None
+    """Equal parts of the data that are read side by side; ranks share them evenly. By default up to 64."""
+    steps: int | None = None
+    """Length of the run in steps; or give --samples."""
+    samples: int | None = None
+    """Length of the run in image-text pairs."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    warmup_samples: int = 50_000
+    """Pairs over which the learning rate rises from 0; then it follows a cosine to 0."""
+    weight_decay: float = 0.2
+    """On weight matrices of linear layers."""
+    beta2: float = 0.95
+    """Of AdamW; beta1 is 0.9."""
+    seed: int = 0
+    """Of the order, the crops and the initial weights."""
+    decoder: Literal["auto", "dali", "turbo"] = "auto"
+    """auto: dali on CUDA, turbo on a CPU."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    attention: Literal["auto", "sdpa", "flash", "xformers"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast on CUDA, fp32 on a CPU."""
+    compile: bool = False
+    """torch.compile the encoders."""
+    threads: int = 1
+    """Threads that make batches."""
+    prefetch: int = 3
+    """Batches made ahead, beside one per thread."""
+    log_every: int = 20
+    """Steps between log lines."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    eval_data: str | None = None
+    """A shard set with classes: zero-shot accuracy is measured on it during training."""
+    eval_every: int = 0
+    """Steps between such measurements; 0: never."""
+    ledger: bool = False
+    """Also write every step's sample ids, to ledger.jsonl."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the run folder's newest checkpoint. never: start anew, deleting that run."""
+
+    @property
+    def run_folder(self) -> Path:
+        return self.out or Path("runs") / f"{self.model}-{self.tokens}"
+
+    @property
+    def total_steps(self) -> int:
+        """Whole batches only: what is left of --samples over a multiple of the batch is not trained on."""
+        return self.steps if self.steps is not None else (self.samples or 0) // self.batch_size
+
+    @property
+    def geometry(self) -> Geometry:
+        patch = model_config(self.model).image.patch
+        return token_geometry(
+            self.tokens, image_reduction=self.image_reduction, image_size=self.image_size, patch=patch
+        )
+
+    @property
+    def crop(self) -> CropRange:
+        return CropRange(self.crop_area, self.crop_ratio)
+
+    def check(self) -> None:
+        """Raises ValueError, in one line, for values that cannot be or do not go together; touches no data."""
+        model_config(self.model)
+        _ = self.geometry, self.crop
+        if (self.steps is None) == (self.samples is None):
+            given = "neither --steps nor --samples is given" if self.steps is None else "both --steps and --samples"
+            raise ValueError(f"{given}; give one of them: how long to train")
+        least = {
+            "batch_size": 2, "threads": 1, "prefetch": 0, "log_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1,
+            "eval_every": 0, "warmup_samples": 0, "seed": 0, "text_tokens": 2,
+        }  # fmt: skip
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{flag(name)} {getattr(self, name)} is below {low}; give at least {low}")
+        if self.total_steps < 1:
+            length = f"--steps {self.steps}" if self.steps is not None else f"--samples {self.samples}"
+            raise ValueError(f"{length} is less than one batch of {self.batch_size}; give more, or a smaller --batch-size")
+        if not 0 < self.lr < 1:
+            raise ValueError(f"--lr {self.lr} is outside 0 to 1; 1e-3 is usual")
+        if self.eval_every and not self.eval_data:
+            raise ValueError(f"--eval-every {self.eval_every} needs --eval-data: a shard set with classes")
+        if self.device == "cpu" and self.precision == "bf16":
+            raise ValueError("--precision bf16 is for CUDA: most CPUs are slower with it; use --precision fp32")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse(arguments: Sequence[str], description: str) -> Config:
+    """Returns the checked config of a command line. Raises ValueError; for an unknown flag tyro prints and exits."""
+    config = tyro.cli(
+        Annotated[Config, tyro.conf.OmitArgPrefixes], args=_with_preset(arguments), description=description
+    )
+    config.check()
+    return config
+
+
+def _with_preset(arguments: Sequence[str]) -> list[str]:
+    """The arguments with those of the preset before them; `--preset` may stand anywhere, the last one counts."""
+    path: str | None = None
+    for i, argument in enumerate(arguments):
+        if argument == "--preset" and i + 1 < len(arguments):
+            path = arguments[i + 1]
+        elif argument.startswith("--preset="):
+            path = argument.partition("=")[2]
+    return [*(_preset_flags(Path(path)) if path else []), *arguments]
+
+
+def _preset_flags(path: Path) -> list[str]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"--preset {path}: no such file; the presets are in training/presets/") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"--preset {path}: cannot be read as TOML ({error})") from None
+    known = {field.name for field in fields(Config)} - {"preset"}
+    arguments: list[str] = []
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            advice = f'did you mean "{near[0]}"?' if near else "`python train.py --help` lists the keys"
+            raise ValueError(f'--preset {path}: unknown key "{key}"; {advice}')
+        if isinstance(value, bool):
+            arguments.append(flag(name) if value else "--no-" + flag(name)[2:])
+        elif isinstance(value, list):
+            arguments += [flag(name), *map(str, value)]
+        else:
+            arguments += [flag(name), str(value)]
+    return arguments
+
+
+def record(config: Config) -> dict[str, Any]:
+    """Returns every value of a config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def refuse_other_run(old: Mapping[str, Any], config: Config, run: Path) -> None:
+    """Raises ValueError, naming the flags, where a run folder was made with values that resuming may not change."""
+    new = record(config)
+    changed = [name for name in new if name not in MAY_DIFFER and old.get(name) != new[name]]
+    if changed:
+        phrases = [f"{flag(name)} is {json.dumps(old.get(name))} there and {json.dumps(new[name])} here" for name in changed]
+        raise ValueError(f"{run} holds another run: {'; '.join(phrases)}; use another --out, or --resume never")

@@ -1,0 +1,47 @@
+"""AdamW over a model's parameters, decaying what the dialect decays; and its state as named tensors, for checkpoints."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+
+def build(model: nn.Module, *, weight_decay: float, beta2: float) -> torch.optim.AdamW:
+    """Returns fused AdamW, betas (0.9, beta2), eps 1e-8. The learning rate is set before each step.
+
+    Decayed: the weight matrices of linear layers (`kernel` in CLIPA's JAX code); not biases, norms, embeddings,
+    positions, the class token or the temperature.
+    """
+    kernels = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if id(p) in kernels], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in kernels], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, beta2), eps=1e-8, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Returns the optimiser's tensors by `PARAMETER.KIND`, such as `image.patches.weight.exp_avg`."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for kind, value in optimizer.state[parameter].items():
+            tensors[f"{name}.{kind}"] = value
+    return tensors
+
+
+def load_state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Puts back what `state_tensors` gave. Raises ValueError where a parameter's state is missing."""
+    for name, parameter in model.named_parameters():
+        found = {kind: tensors.get(f"{name}.{kind}") for kind in ("step", "exp_avg", "exp_avg_sq")}
+        if any(value is None for value in found.values()):
+            raise ValueError(f"the optimiser's state lacks {name}; the checkpoint is of another model")
+        # Fused AdamW keeps its step counter beside the parameter.
+        optimizer.state[parameter] = {
+            kind: value.to(parameter.device, copy=True) for kind, value in found.items() if value is not None
+        }

@@ -1,0 +1,262 @@
+"""Measures a trained run on shards: `python validate.py runs/demo --data data/emoji/zero_shot`.
+
+Zero-shot classification where the folder has a classnames.txt, image-text retrieval where it has none. Prints a table
+and, as the last line, one JSON object.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+import tyro
+
+from evaluation.classes import CLASS_NAMES_FILE, prompts, read_classes
+from evaluation.report import MAX_PICTURES, Sheet, draw, format_table
+from evaluation.retrieval import recall
+from evaluation.zero_shot import best_names, class_weights, nearest_neighbour_baseline, top_k
+from model.clip import CLIP
+from model.presets import from_json
+from pipeline.captions import WordPieceTruncate
+from pipeline.index import Index, open_index
+from pipeline.loader import Loader, Settings
+from pipeline.order import Order
+from pipeline.tokens import token_geometry
+from training import checkpoint
+
+BATCH_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Validate:
+    """Measure a run on a shard set: zero-shot where it has classes, retrieval where it has not."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run folder, such as runs/demo."""
+    data: Path
+    """A folder of shards that was held out of training."""
+    baseline: Path | None = None
+    """The shards that were trained on: also measure the nearest training picture by pixels, to compare with."""
+    report: Path | None = None
+    """Draw the run's curves and a sheet of pictures with the model's best names, as this PNG."""
+    decoder: Literal["dali", "turbo"] = "turbo"
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+
+
+class ShardSet:
+    """A held-out shard set, decoded for one geometry: whole images, squeezed to the square; first captions."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        """Raises ValueError, in one line, for a folder without usable shards or with a damaged class list."""
+        self.folder = folder
+        index = open_index([folder])
+        # Evaluation goes through the samples in order; the training order is only there to complete the loader.
+        order = Order(index.shard_sizes, batch_size=min(BATCH_SIZE, index.num_usable), seed=0, lanes=1)
+        self.loader = Loader(index, order, settings)
+        self.sample_ids = index.usable_ids()
+        self.names: list[str] = []
+        if (folder / CLASS_NAMES_FILE).is_file():
+            self.names, self.templates = read_classes(folder)
+            self.labels = _class_ids(index, self.sample_ids)
+            if (self.labels < 0).all():
+                raise ValueError(f"{folder} has {CLASS_NAMES_FILE}, but no sample has a class (KEY.cls)")
+
+    def features(self, model: CLIP) -> tuple[torch.Tensor, torch.Tensor, npt.NDArray[np.bool_]]:
+        """Returns image features [N, E], caption features [N, E], and which samples could be decoded [N]."""
+        device = model.logit_scale.device
+        images: list[torch.Tensor] = []
+        texts: list[torch.Tensor] = []
+        valid: list[torch.Tensor] = []
+        with evaluating(model):
+            for batch in self.loader.evaluation_batches(self.sample_ids, BATCH_SIZE):
+                valid.append(batch.valid)
+                batch = batch.to(device)
+                images.append(model.encode_image(batch.patches, batch.positions).cpu())
+                texts.append(model.encode_text(batch.caption_ids).cpu())
+        return torch.cat(images), torch.cat(texts), torch.cat(valid).numpy()
+
+    def class_features(self, model: CLIP) -> torch.Tensor:
+        """Returns the classes' vectors, float32 [C, E], from the prompts that the folder gives."""
+        tokenizer: WordPieceTruncate = self.loader.tokenizer
+        ids = torch.from_numpy(tokenizer.encode([text.encode() for text in prompts(self.names, self.templates)]))
+        with evaluating(model):
+            parts = [model.encode_text(part.to(model.logit_scale.device)).cpu() for part in ids.split(BATCH_SIZE)]
+        return class_weights(torch.cat(parts), len(self.names))
+
+    def pixels(self) -> npt.NDArray[np.uint8]:
+        """Returns what the encoder sees of each sample, flattened: uint8 [N, D]."""
+        batches = self.loader.evaluation_batches(self.sample_ids, BATCH_SIZE)
+        return np.concatenate([batch.patches.flatten(1).numpy() for batch in batches])
+
+
+class evaluating:
+    """A model in evaluation mode without gradients, put back as it was."""
+
+    def __init__(self, model: CLIP) -> None:
+        self._model, self._was_training = model, model.training
+        self._no_grad = torch.inference_mode()
+
+    def __enter__(self) -> None:
+        self._model.eval()
+        self._no_grad.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._no_grad.__exit__(*error)
+        self._model.train(self._was_training)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for what the user can mend."""
+    config = tyro.cli(Validate, args=arguments, description=__doc__)
+    try:
+        results = validate(config)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(results))
+    return 0
+
+
+def validate(config: Validate) -> dict[str, Any]:
+    """Measures what the data allows, prints the table and returns the numbers."""
+    model, settings, step = load_run(config.run, config)
+    shards = ShardSet(config.data, settings)
+    images, texts, valid = shards.features(model)
+    results: dict[str, Any] = {"run": str(config.run), "data": str(config.data), "step": step}
+    results |= {"num_images": int(valid.sum()), "num_bad": int((~valid).sum())}
+    rows: list[tuple[str, str]] = []
+    if shards.names:
+        classes = shards.class_features(model)
+        results |= _zero_shot(shards, images, classes, valid)
+        rows += [("zero-shot top-1", _percent(results["zero_shot_top1"]))]
+        rows += [("zero-shot top-5", _percent(results["zero_shot_top5"]))]
+        rows += [("chance", _percent(results["chance"]))]
+        if config.baseline:
+            results["pixel_baseline_top1"] = pixel_baseline(shards, config.baseline, settings)
+            rows += [("nearest training picture, by pixels", _percent(results["pixel_baseline_top1"]))]
+        if config.report:
+            draw(config.run, config.report, sheet(shards, model, images, classes, valid, results))
+            results["report"] = str(config.report)
+    else:
+        keep = torch.from_numpy(valid)
+        results |= recall(images[keep], texts[keep], np.arange(int(valid.sum())))
+        for key in results:
+            if key.startswith("retrieval_"):
+                _, side, rank = key.split("_")
+                name = "image for a caption" if side == "image" else "caption for an image"
+                rows.append((f"{name}, R@{rank[1:]}", _percent(results[key])))
+        rows.append(("chance, R@1", _percent(1 / results["num_images"])))
+    print(f"{config.run} at step {step:,} on {config.data}: {results['num_images']:,} pictures")
+    print(format_table(rows))
+    return results
+
+
+def zero_shot_accuracy(model: CLIP, shards: ShardSet) -> dict[str, float]:
+    """Returns zero_shot_top1 and zero_shot_top5 of a model on a shard set with classes."""
+    images, _, valid = shards.features(model)
+    found = _zero_shot(shards, images, shards.class_features(model), valid)
+    return {name: found[name] for name in ("zero_shot_top1", "zero_shot_top5")}
+
+
+def load_run(run: Path, config: Validate) -> tuple[CLIP, Settings, int]:
+    """Returns a run's newest model, what its batches look like, and its step. Raises ValueError where there is none."""
+    try:
+        recorded = json.loads((run / "config.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{run} is not a run folder: it has no config.json; `python train.py` makes one") from None
+    except ValueError:
+        raise ValueError(f"{run / 'config.json'} is damaged; train again with --resume never") from None
+    last, passed_over = checkpoint.newest(run)
+    for phrase in passed_over:
+        print(f"passed over a damaged checkpoint: {phrase}", file=sys.stderr)
+    if last is None:
+        raise ValueError(f"{run} has no whole checkpoint yet; let train.py reach its first one")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device is here; use --device cpu")
+    encoders = from_json(recorded["encoders"])
+    geometry = token_geometry(
+        recorded["tokens"], image_reduction=recorded["image_reduction"], patch=encoders.image.patch
+    )
+    model = CLIP(encoders, grid=geometry.grid, text_tokens=recorded["text_tokens"])
+    model.load_state_dict(last.model_tensors())
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    settings = Settings(geometry, recorded["text_tokens"], config.decoder)
+    return model.to("cuda" if cuda else "cpu"), settings, last.state["step"]
+
+
+def pixel_baseline(shards: ShardSet, train_folder: Path, settings: Settings) -> float:
+    """Returns the top-1 of naming each picture after the nearest training picture, as the encoder sees both.
+
+    Training pictures are those whose caption is a class name. Raises ValueError where there are none.
+    """
+    train = ShardSet(train_folder, settings)
+    class_of = {name.encode(): i for i, name in enumerate(shards.names)}
+    rows = train.loader.reader.locate_ids(train.sample_ids)
+    captions = train.loader.reader.captions(rows, np.zeros(len(train.sample_ids), np.int64))
+    labels = np.array([class_of.get(caption, -1) for caption in captions])
+    if (labels < 0).all():
+        raise ValueError(f"--baseline {train_folder}: no caption there is one of the {len(class_of):,} class names")
+    named, labelled = labels >= 0, shards.labels >= 0
+    return nearest_neighbour_baseline(
+        train.pixels()[named], labels[named], shards.pixels()[labelled], shards.labels[labelled]
+    )
+
+
+def sheet(
+    shards: ShardSet,
+    model: CLIP,
+    images: torch.Tensor,
+    classes: torch.Tensor,
+    valid: npt.NDArray[np.bool_],
+    results: dict[str, Any],
+) -> Sheet:
+    """Returns what the report draws: pictures spread over the set, with the model's three best names for each."""
+    able = np.flatnonzero(valid & (shards.labels >= 0))
+    chosen = np.random.default_rng(0).permutation(able)[:MAX_PICTURES]
+    found = best_names(
+        images[torch.from_numpy(chosen)], classes, shards.names, 3, logit_scale=float(model.logit_scale.exp())
+    )
+    reader = shards.loader.reader
+    jpegs = reader.images(reader.locate_ids(shards.sample_ids[chosen]))
+    return Sheet(
+        zero_shot_top1=results["zero_shot_top1"],
+        num_images=results["num_images"],
+        num_classes=len(shards.names),
+        pictures=[_picture(jpeg) for jpeg in jpegs if isinstance(jpeg, bytes)],
+        true_names=[shards.names[label] for label in shards.labels[chosen]],
+        best_names=[[name for name, _ in best] for best in found],
+        scores=[[score for _, score in best] for best in found],
+        pixel_baseline=results.get("pixel_baseline_top1"),
+    )
+
+
+def _zero_shot(
+    shards: ShardSet, images: torch.Tensor, classes: torch.Tensor, valid: npt.NDArray[np.bool_]
+) -> dict[str, Any]:
+    able = valid & (shards.labels >= 0)
+    found = top_k(images[torch.from_numpy(able)], classes, shards.labels[able])
+    return {**found, "num_classes": len(shards.names), "chance": 1 / len(shards.names)}
+
+
+def _class_ids(index: Index, sample_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    located = [index.locate(int(sample)) for sample in sample_ids]
+    return np.array([index.rows(shard).class_id[row] for shard, row in located], np.int64)
+
+
+def _picture(jpeg: bytes) -> npt.NDArray[np.uint8]:
+    pixels = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert pixels is not None
+    return np.asarray(pixels, np.uint8)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
