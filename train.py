@@ -131,7 +131,7 @@ def train(config: Config) -> int:
                 "samples_seen": samples_seen,
                 "loss": sum(recent) / len(recent),
                 "lr": rate,
-                "logit_scale": float(logit_scale),
+                "logit_scale": float(logit_scale.detach()),
                 **timer.rates(len(recent) * config.batch_size),
                 "rejected": rejected,
                 "ledger": hashes,

@@ -152,7 +152,7 @@ def validate(config: Validate) -> dict[str, Any]:
                 rows.append((f"{name}, R@{rank[1:]}", _percent(results[key])))
         rows.append(("chance, R@1", _percent(1 / results["num_images"])))
     print(f"{config.run} at step {step:,} on {config.data}: {results['num_images']:,} pictures")
-    print(format_table(rows))
+    print(format_table(("measure", "value"), rows))
     return results
 
 

@@ -288,7 +288,7 @@ def _folder_index(folder: Path, progress: bool) -> tuple[list[ShardInfo], Path]:
         advice = f"its folder {folder / inside[0]} has some" if inside else "give the folder that holds NNNNN.tar files"
         raise ValueError(f"--data {folder}: no .tar shards in it; {advice}")
     for path in (folder / INDEX_NAME, _cache_path(folder)):
-        infos = _load(path)
+        infos = _load(path, folder)
         if infos is not None and [_identity(info) for info in infos] == [_stat(path) for path in paths]:
             return infos, path
     return _build(folder, paths, progress)
@@ -303,15 +303,17 @@ def _stat(path: Path) -> tuple[str, int, int]:
     return path.name, status.st_size, status.st_mtime_ns
 
 
-def _load(path: Path) -> list[ShardInfo] | None:
+def _load(path: Path, folder: Path) -> list[ShardInfo] | None:
     """The shards that an index file describes; None where there is none that this version can use."""
     try:
-        metadata = pq.read_schema(path).metadata or {}
+        metadata = pq.read_metadata(path).metadata or {}
     except (OSError, pa.ArrowInvalid):
         return None
     if metadata.get(b"shortclip.version") != str(VERSION).encode():
         return None
-    return [ShardInfo(**entry) for entry in json.loads(metadata[b"shortclip.shards"])]
+    # The folder may have been moved or copied with its index, so the file knows shards by name only.
+    entries = json.loads(metadata[b"shortclip.shards"])
+    return [ShardInfo(**{**entry, "path": str(folder / entry["path"])}) for entry in entries]
 
 
 def _build(folder: Path, paths: Sequence[Path], progress: bool) -> tuple[list[ShardInfo], Path]:
@@ -324,7 +326,7 @@ def _build(folder: Path, paths: Sequence[Path], progress: bool) -> tuple[list[Sh
                 # A shard without rows still gets its row group: groups are counted by shard.
                 writer.write_table(table, row_group_size=max(len(table), 1))
                 infos.append(info)
-            records = json.dumps([asdict(info) for info in infos])
+            records = json.dumps([{**asdict(info), "path": Path(info.path).name} for info in infos])
             writer.add_key_value_metadata({"shortclip.version": str(VERSION), "shortclip.shards": records})
         os.replace(scratch, home)
     for info in infos:

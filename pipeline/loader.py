@@ -85,11 +85,12 @@ class Loader:
         with ThreadPoolExecutor(threads, thread_name_prefix="loader") as pool:
             ahead: deque[Future[Batch]] = deque()
             try:
-                for step in range(first_step, end_step + threads + prefetch):
-                    if step < end_step:
-                        ahead.append(pool.submit(self.batch, step))
-                    if step >= first_step + threads + prefetch or (step >= end_step and ahead):
+                for step in range(first_step, end_step):
+                    ahead.append(pool.submit(self.batch, step))
+                    if len(ahead) > threads + prefetch:
                         yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 

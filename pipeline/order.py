@@ -49,7 +49,7 @@ class Order:
         self.num_samples = int(self.shard_sizes.sum())
         self.batch_size, self.lanes, self.seed, self.window_shards = batch_size, lanes, seed, window_shards
         if batch_size < 1 or lanes < 1:
-            raise ValueError(f"--batch-size {batch_size} in {lanes} lanes is nothing to train on; give at least 1 of each")
+            raise ValueError(f"--batch-size {batch_size} in {lanes} lanes trains on nothing; give at least 1 of each")
         if batch_size % lanes:
             raise ValueError(f"--batch-size {batch_size} is not a multiple of the {lanes} lanes; change one of them")
         if batch_size > self.num_samples:

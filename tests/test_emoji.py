@@ -88,7 +88,13 @@ def make_collection(folder: Path, **changes: Any) -> EmojiRecipe:
         made = make_package(folder, f"@test/{style}@1.0.0", files)
         split = "held_out" if style == "outline" else "train"
         styles.append(Style(made.package, made.integrity, style, split))
-    settings = {"samples_per_shard": 10, "train_scenes": 20, "retrieval_scenes": 12, "image_size": 32, **changes}
+    settings: dict[str, Any] = {
+        "samples_per_shard": 10,
+        "train_scenes": 20,
+        "retrieval_scenes": 12,
+        "image_size": 32,
+        **changes,
+    }
     return EmojiRecipe(labels=labels, styles=tuple(styles), **settings)
 
 

@@ -66,7 +66,7 @@ def test_shuffling_mixes_shards_within_the_window() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="--batch-size 64 exceeds the 50 usable samples"):
         Order([50], batch_size=64, seed=0, lanes=1)
-    with pytest.raises(ValueError, match="--batch-size 0 in 64 lanes is nothing to train on"):
+    with pytest.raises(ValueError, match="--batch-size 0 in 64 lanes trains on nothing"):
         Order([50], batch_size=0, seed=0, lanes=default_lanes(0))
     with pytest.raises(ValueError, match="not a multiple of the 4 lanes"):
         Order([50], batch_size=10, seed=0, lanes=4)

@@ -9,7 +9,7 @@ from PIL import Image
 from evaluation.lettering import drawable, fitted, text_width_pt
 from evaluation.report import Sheet, draw, format_table, percent, read_metrics, size_pixels
 
-AWKWARD = ["heavy $dollar$ sign", "日本語 名前", "two\nlines", "W" * 90, "100% {c} \\frac", "✓"]
+AWKWARD = [r"heavy $\frac$ sign", "日本語 名前", "two\nlines", "W" * 90, "100% {c} \\frac", "✓"]
 
 
 def write_metrics(run: Path, entries: list[dict[str, Any]]) -> Path:
@@ -52,7 +52,7 @@ def make_sheet(num_pictures: int, **changes: Any) -> Sheet:
 def test_a_report_of_any_run_is_a_png_of_the_stated_size(
     tmp_path: Path, entries: list[dict[str, Any]], sheet: Sheet
 ) -> None:
-    run = write_metrics(tmp_path / "日本 $run$", entries)  # pytest turns any warning of matplotlib's into an error
+    run = write_metrics(tmp_path / r"日本 $\frac$", entries)  # pytest turns any warning of matplotlib's into an error
     out = tmp_path / "deep" / "report.png"
     draw(run, out, sheet)
     with Image.open(out) as image:

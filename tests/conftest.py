@@ -1,0 +1,97 @@
+"""Small real data that several tests share: photographs, and shards written by the webdataset library."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import simplejpeg
+from PIL import Image
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def encode(pixels: Pixels, quality: int = 90) -> bytes:
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, colorsubsampling="420")
+
+
+@pytest.fixture(scope="session")
+def photographs() -> list[Pixels]:
+    """Real photographs, from scikit-image: uint8 [height, width, 3], about 450 to 900 pixels wide."""
+    from skimage import data
+
+    pictures = (data.astronaut(), data.chelsea(), data.coffee(), data.rocket(), data.hubble_deep_field())
+    return [np.ascontiguousarray(picture) for picture in pictures]
+
+
+@pytest.fixture(scope="session")
+def photo_jpegs(photographs: Sequence[Pixels]) -> list[bytes]:
+    """40 crops of photographs in three sizes, as web shards hold them."""
+    rng = np.random.default_rng(0)
+    jpegs: list[bytes] = []
+    for i in range(40):
+        picture = photographs[i % len(photographs)]
+        height, width = picture.shape[:2]
+        side = int(min(height, width) * rng.uniform(0.6, 1))
+        ratio = rng.uniform(3 / 4, 4 / 3)
+        crop_width, crop_height = (side, int(side / ratio)) if ratio > 1 else (int(side * ratio), side)
+        x, y = rng.integers(0, width - crop_width + 1), rng.integers(0, height - crop_height + 1)
+        short = (128, 256, 400)[i % 3]
+        scale = min(1.0, short / min(crop_width, crop_height))
+        size = (round(crop_width * scale), round(crop_height * scale))
+        image = Image.fromarray(picture[y : y + crop_height, x : x + crop_width]).resize(size, Image.Resampling.LANCZOS)
+        jpegs.append(encode(np.asarray(image)))
+    return jpegs
+
+
+def write_tar(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Writes samples ({"__key__": ..., "jpg": bytes, "txt": bytes, ...}) as the webdataset library does."""
+    from webdataset.writer import TarWriter
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file, TarWriter(file, encoder=False) as tar:
+        for sample in samples:
+            tar.write(dict(sample))
+
+
+@pytest.fixture(scope="session")
+def coloured() -> Callable[[int], dict[str, Any]]:
+    """Sample n of an endless set: a square in one of eight colours, and a caption that names it."""
+    names = ("red", "green", "blue", "white", "black", "yellow", "purple", "orange")
+    colours = ((220, 30, 30), (30, 160, 40), (40, 60, 220), (250, 250, 250), (10, 10, 10), (240, 220, 40),
+               (140, 40, 170), (250, 150, 30))  # fmt: skip
+
+    def make(number: int) -> dict[str, Any]:
+        rng = np.random.default_rng(number)
+        kind = number % len(names)
+        pixels = np.full((96 + number % 17, 96 + number % 23, 3), 128, np.uint8)
+        left, top = rng.integers(0, 40, 2)
+        pixels[top : top + 50, left : left + 50] = colours[kind]
+        return {
+            "__key__": f"{number:09d}",
+            "jpg": encode(pixels),
+            "txt": f"a {names[kind]} square".encode(),
+            "other.txt": f"{names[kind]} number {number}".encode(),
+            "cls": str(kind).encode(),
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory, coloured: Callable[[int], dict[str, Any]]) -> Path:
+    """203 good samples in 6 shards of uneven length. Tests only read it."""
+    folder = tmp_path_factory.mktemp("shards")
+    cuts = (0, 40, 80, 81, 130, 180, 203)
+    for shard, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        write_tar(folder / f"{shard:05d}.tar", [coloured(number) for number in range(first, last)])
+    return folder
+
+
+def png(pixels: Pixels) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()

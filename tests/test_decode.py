@@ -1,0 +1,106 @@
+"""Both decoders against the plain reference, on photographs; and what they do with images that cannot be decoded."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from pipeline.decode import UNDECODABLE, Decoder, psnr, reference
+from pipeline.decode_dali import DaliDecoder
+from pipeline.decode_turbo import TurboDecoder, scale_eighths
+from pipeline.tokens import CropRange, Geometry, Windows, crop_windows, token_geometry, whole_windows
+
+LEAST_MEAN_PSNR = {"dali": 40.0, "turbo": 36.0}
+
+
+def new_decoder(name: str, geometry: Geometry, batch_size: int) -> Decoder:
+    return DaliDecoder(geometry, batch_size) if name == "dali" else TurboDecoder(geometry)
+
+
+def sides(jpegs: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    found = np.array([simplejpeg.decode_jpeg_header(jpeg)[:2] for jpeg in jpegs], np.int32)
+    return found[:, 1], found[:, 0]
+
+
+def crops(jpegs: Sequence[bytes]) -> Windows:
+    widths, heights = sides(jpegs)
+    ids = np.arange(len(jpegs))
+    return crop_windows(0, np.zeros_like(ids), ids, widths, heights, CropRange())
+
+
+@pytest.mark.parametrize("name", ["dali", "turbo"])
+@pytest.mark.parametrize("tokens", [16, 49])
+@pytest.mark.parametrize("whole", [False, True])
+def test_close_to_the_reference(photo_jpegs: list[bytes], name: str, tokens: int, whole: bool) -> None:
+    geometry = token_geometry(tokens)
+    widths, heights = sides(photo_jpegs)
+    windows = whole_windows(widths, heights) if whole else crops(photo_jpegs)
+    decoded = new_decoder(name, geometry, len(photo_jpegs)).decode(photo_jpegs, windows, widths, heights)
+    assert decoded.faults == {}
+    assert decoded.patches.shape == (len(photo_jpegs), tokens, geometry.patch_values)
+    assert decoded.patches.is_contiguous()
+    expected = [reference(jpeg, window, geometry) for jpeg, window in zip(photo_jpegs, windows, strict=True)]
+    found = [psnr(one, other) for one, other in zip(decoded.patches.numpy(), expected, strict=True)]
+    # A target above the window's size is upsampled the same way by all, so only real reductions are held to the bound.
+    assert np.mean(found) >= LEAST_MEAN_PSNR[name], f"mean {np.mean(found):.1f} dB, least {min(found):.1f} dB"
+    assert min(found) >= LEAST_MEAN_PSNR[name] - 8, f"mean {np.mean(found):.1f} dB, least {min(found):.1f} dB"
+
+
+@pytest.mark.parametrize("name", ["dali", "turbo"])
+def test_a_slot_does_not_depend_on_its_batch(photo_jpegs: list[bytes], name: str) -> None:
+    geometry = token_geometry(16)
+    widths, heights = sides(photo_jpegs)
+    windows = crops(photo_jpegs)
+    decoder = new_decoder(name, geometry, len(photo_jpegs))
+    whole = decoder.decode(photo_jpegs, windows, widths, heights).patches
+    part = slice(5, 12)
+    again = decoder.decode(photo_jpegs[part], windows[part], widths[part], heights[part]).patches
+    assert (whole[part] == again).all()
+
+
+@pytest.mark.parametrize("name", ["dali", "turbo"])
+def test_bad_images_are_named_and_the_others_unharmed(photo_jpegs: list[bytes], name: str) -> None:
+    geometry = token_geometry(16)
+    widths, heights = sides(photo_jpegs)
+    windows = crops(photo_jpegs)
+    decoder = new_decoder(name, geometry, len(photo_jpegs))
+    expected = decoder.decode(photo_jpegs, windows, widths, heights).patches
+    jpegs: list[bytes | None] = list(photo_jpegs)
+    jpegs[3] = None
+    for slot in (7, 8, 30):  # the header is whole, what follows is not even a scan
+        good = photo_jpegs[slot]
+        jpegs[slot] = good[: good.index(b"\xff\xda")] + b"\xff\xd9"
+    for _ in range(2):  # the second time on a rebuilt pipeline
+        decoded = decoder.decode(jpegs, windows, widths, heights)
+        assert decoded.faults == dict.fromkeys((7, 8, 30), UNDECODABLE)
+        kept = np.setdiff1d(np.arange(len(jpegs)), [3, 7, 8, 30])
+        assert (decoded.patches[kept] == expected[kept]).all()
+
+
+@pytest.mark.parametrize("name", ["dali", "turbo"])
+def test_grey_progressive_and_bit_rot_are_decoded(photo_jpegs: list[bytes], name: str) -> None:
+    import io
+
+    from PIL import Image
+
+    grey, progressive = io.BytesIO(), io.BytesIO()
+    with Image.open(io.BytesIO(photo_jpegs[0])) as image:
+        image.convert("L").save(grey, "JPEG", quality=90)
+        image.save(progressive, "JPEG", quality=95, progressive=True)
+    rotten = bytearray(photo_jpegs[0])
+    rotten[len(rotten) // 2] ^= 0x5A
+    jpegs = [grey.getvalue(), progressive.getvalue(), bytes(rotten)]
+    widths, heights = sides(jpegs)
+    windows = whole_windows(widths, heights)
+    decoded = new_decoder(name, token_geometry(16), 3).decode(jpegs, windows, widths, heights)
+    assert decoded.faults == {}
+    for slot in (0, 1):
+        expected = reference(jpegs[slot], windows[slot], token_geometry(16))
+        assert psnr(decoded.patches[slot].numpy(), expected) > LEAST_MEAN_PSNR[name] - 8
+
+
+def test_scale_is_the_smallest_that_covers_the_target() -> None:
+    sizes = np.array([[64.0, 64.0], [128, 128], [80, 500], [512, 512], [5000, 5000], [63, 90], [96, 200]])
+    windows = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
+    assert scale_eighths(windows, 64).tolist() == [8, 4, 7, 1, 1, 8, 6]
