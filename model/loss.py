@@ -69,7 +69,7 @@ def _cross_entropy_sum(
     positives: int64 [R], the column that matches each row; on one rank of many it starts at that rank's offset.
     """
     logits_RC = rows_RE @ columns_CE.T
-    # The lowest finite number rather than -inf: a row with every column hidden then has finite gradients to drop.
+    # The lowest finite number rather than -inf: where every column is hidden, no inf - inf arises on the way to zero.
     logits_RC = logits_RC.masked_fill(hidden_RC, torch.finfo(logits_RC.dtype).min)
     positive_R = logits_RC.gather(1, positives_R[:, None])[:, 0]
     losses_R = logits_RC.logsumexp(dim=1) - positive_R
