@@ -20,7 +20,7 @@ from model.clip import CLIP, gflops_per_pair
 from model.loss import info_nce
 from model.presets import model_config, to_json
 from pipeline.index import Index, open_index
-from pipeline.loader import Loader, Settings
+from pipeline.loader import DecoderName, Loader, Settings
 from pipeline.order import Order, default_lanes
 from training import checkpoint, optim
 from training.config import STARTER, Config, parse, record, refuse_other_run
@@ -37,13 +37,15 @@ NON_FINITE_LIMIT = 20
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 finished, 2 for what the user can mend, 130 interrupted with a checkpoint saved."""
     try:
-        return train(parse(sys.argv[1:] if arguments is None else arguments, __doc__ or ""))
+        config = parse(sys.argv[1:] if arguments is None else arguments, __doc__ or "")
+        with StopSignal() as stop:
+            return train(config, stop)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def train(config: Config) -> int:
+def train(config: Config, stop: "StopSignal") -> int:
     """Trains, or goes on training, as the config says. Returns the exit code."""
     run = config.run_folder
     last = prepare_run_folder(config)
@@ -86,7 +88,6 @@ def train(config: Config) -> int:
         checkpoint.save(run, step, model.state_dict(), tensors, state, config.keep_checkpoints)
 
     held_out = ShardSet(Path(config.eval_data), settings) if config.eval_every and config.eval_data else None
-    stop = StopSignal()
     timer = StepTimer()
     hashes: list[str] = []
     losses: list[torch.Tensor] = []
@@ -180,10 +181,12 @@ def prepare_run_folder(config: Config) -> checkpoint.Checkpoint | None:
     return last
 
 
-def resolve(config: Config) -> tuple[torch.device, str, str]:
+def resolve(config: Config) -> tuple[torch.device, DecoderName, str]:
     """Returns what the three `auto`s come to: device, decoder, precision."""
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA device is here (or this torch is built without CUDA); use --device cpu")
+        raise ValueError(
+            "--device cuda: no CUDA device is here (or this torch is built without CUDA); use --device cpu"
+        )
     cuda = config.device != "cpu" and torch.cuda.is_available()
     decoder = config.decoder if config.decoder != "auto" else "dali" if cuda else "turbo"
     precision = config.precision if config.precision != "auto" else "bf16" if cuda else "fp32"
@@ -264,8 +267,14 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:

@@ -1,1 +1,1 @@
-"""."""
+"""What things cost, measured: each module is a command, prints a table and writes JSON."""

@@ -24,8 +24,8 @@ class Decoded:
     """Patches of a batch, and the slots that have none."""
 
     patches: torch.Tensor
-    """uint8 [batch, tokens, patch*patch*3], contiguous; on the CPU, or on the GPU where that decoded. Zeros in a bad slot
-    or a placeholder's pixels: no loss may read them."""
+    """uint8 [batch, tokens, patch*patch*3], contiguous; on the CPU, or on the GPU where that decoded. A bad slot holds
+    zeros or a placeholder's pixels: no loss may read them."""
     faults: dict[int, str]
     """Slot -> reason."""
 

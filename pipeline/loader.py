@@ -23,7 +23,7 @@ from .decode_turbo import TurboDecoder
 from .index import Index, IntArray
 from .order import Order
 from .read import Reader, Rows
-from .tokens import CropRange, Geometry, Windows, caption_choice, crop_windows, whole_windows
+from .tokens import DEFAULT_CROP, CropRange, Geometry, Windows, caption_choice, crop_windows, whole_windows
 
 DecoderName = Literal["dali", "turbo"]
 
@@ -37,7 +37,7 @@ class Settings:
     geometry: Geometry
     text_tokens: int
     decoder: DecoderName
-    crop: CropRange = CropRange()
+    crop: CropRange = DEFAULT_CROP
     seed: int = 0
     device_id: int | None = None
     """The GPU on which DALI decodes; None for the CPU."""
@@ -53,7 +53,7 @@ class Loader:
     """Batches of a run. `batch(step)` makes one; `batches` makes them ahead, on threads."""
 
     def __init__(self, index: Index, order: Order, settings: Settings, *, rank: int = 0, world_size: int = 1) -> None:
-        """Raises ValueError where ranks cannot share the order's lanes, and where a decoder or vocabulary is missing."""
+        """Raises ValueError where ranks cannot share the lanes, or a decoder or vocabulary is missing."""
         self.index, self.order, self.settings = index, order, settings
         self.rank, self.world_size = rank, world_size
         self.local_batch_size = order.batch_size // world_size
@@ -81,7 +81,7 @@ class Loader:
         return self._assemble(rows, windows, choice, clock)
 
     def batches(self, first_step: int, end_step: int, *, threads: int = 1, prefetch: int = 2) -> Iterator[Batch]:
-        """Yields the batches of steps [first_step, end_step) in order, at most threads + prefetch of them made ahead."""
+        """Yields the batches of steps [first_step, end_step) in order, at most threads + prefetch made ahead."""
         with ThreadPoolExecutor(threads, thread_name_prefix="loader") as pool:
             ahead: deque[Future[Batch]] = deque()
             try:
@@ -95,7 +95,7 @@ class Loader:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def evaluation_batches(self, sample_ids: IntArray, batch_size: int) -> Iterator[Batch]:
-        """Yields the given samples in order: whole images squeezed to the square, first captions. The last may be short."""
+        """Yields the given samples in order: whole images squeezed to the square, first captions."""
         for start in range(0, len(sample_ids), batch_size):
             rows = self.reader.locate_ids(sample_ids[start : start + batch_size])
             windows = whole_windows(rows.width, rows.height)

@@ -76,6 +76,9 @@ class CropRange:
                 raise ValueError(f"crop {name} {low} {high} is not 0 < low <= high <= {limit:g}; give it as low high")
 
 
+DEFAULT_CROP = CropRange()
+"""CLIPA's: 40 to 100 % of the area, 3/4 to 4/3."""
+
 Windows = npt.NDArray[np.float64]
 """float64 [batch, 4]: left, top, width, height of each crop, in pixels of the stored image; inside the image."""
 

@@ -1,6 +1,7 @@
 """Small real data that several tests share: photographs, and shards written by the webdataset library."""
 
 import io
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory, coloured: Callable[[int], d
     """203 good samples in 6 shards of uneven length. Tests only read it."""
     folder = tmp_path_factory.mktemp("shards")
     cuts = (0, 40, 80, 81, 130, 180, 203)
-    for shard, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for shard, (first, last) in enumerate(itertools.pairwise(cuts)):
         write_tar(folder / f"{shard:05d}.tar", [coloured(number) for number in range(first, last)])
     return folder
 

@@ -19,7 +19,10 @@ def pieces(ids: np.ndarray) -> list[str]:
     [
         (b"a big Red apple", ["[CLS]", "a", "big", "red", "apple", "[PAD]", "[PAD]", "[PAD]"]),
         (b"", ["[CLS]"] + ["[PAD]"] * 7),
-        (b"one two three four five six seven eight nine", "[CLS] one two three four five six seven".split()),
+        (
+            b"one two three four five six seven eight nine",
+            ["[CLS]", "one", "two", "three", "four", "five", "six", "seven"],
+        ),
         (b"[SEP] [CLS] [MASK]", ["[CLS]", "[", "sep", "]", "[", "cl", "##s", "]"]),
         ("Café".encode(), ["[CLS]", "cafe"] + ["[PAD]"] * 6),
         (b"caf\xe9 \0 bar", ["[CLS]", "cafe", "bar"]),

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import encode, png, write_tar
 
-from pipeline.index import INDEX_NAME, MAX_CAPTION_BYTES, open_index
+from pipeline.index import INDEX_NAME, open_index
+from pipeline.scan import MAX_CAPTION_BYTES
 
 Make = Callable[[int], dict[str, Any]]
 
@@ -136,7 +137,10 @@ def test_long_captions_are_cut_before_they_are_read(tmp_path: Path, coloured: Ma
         (lambda folder: None, "no such folder"),
         (lambda folder: folder.mkdir(), "no .tar shards"),
         (lambda folder: write_tar(folder / "train" / "0.tar", [{"__key__": "a", "txt": b"x"}]), r"its folder .*train"),
-        (lambda folder: write_tar(folder / "0.tar", [{"__key__": "a", "jpg": b"x"}]), "none of the samples .* no caption|not a JPEG"),
+        (
+            lambda folder: write_tar(folder / "0.tar", [{"__key__": "a", "jpg": b"x"}]),
+            "none of the samples .* no caption|not a JPEG",
+        ),
     ],
 )
 def test_no_data_is_one_line(tmp_path: Path, prepare: Callable[[Path], None], message: str) -> None:

@@ -15,7 +15,9 @@ from pipeline.tokens import token_geometry
 BATCH_SIZE = 32
 
 
-def new_loader(folder: Path, *, decoder: DecoderName = "turbo", rank: int = 0, world_size: int = 1, seed: int = 3) -> Loader:
+def new_loader(
+    folder: Path, *, decoder: DecoderName = "turbo", rank: int = 0, world_size: int = 1, seed: int = 3
+) -> Loader:
     index = open_index([folder])
     order = Order(index.shard_sizes, batch_size=BATCH_SIZE, seed=seed, lanes=8)
     return Loader(index, order, Settings(token_geometry(16), 8, decoder, seed=seed), rank=rank, world_size=world_size)
@@ -151,5 +153,5 @@ def test_a_shard_that_shrank_costs_its_tail_and_one_that_went_away_stops_the_run
     assert reasons == {"shard shorter than its index"}
     (folder / "00000.tar").unlink()
     fresh = Loader(loader.index, loader.order, loader.settings)
-    with pytest.raises(ReadFailed, match="00000.tar: cannot be read .*; bring it back"):
+    with pytest.raises(ReadFailed, match=r"00000\.tar: cannot be read .*; bring it back"):
         list(fresh.batches(0, 12))

@@ -21,8 +21,8 @@ STARTER = "data/emoji/train"
 """What --data is when nobody says: made on first use."""
 
 MAY_DIFFER = frozenset(
-    "data out steps samples log_every checkpoint_every keep_checkpoints ledger eval_data eval_every threads prefetch "
-    "decoder device preset resume".split()
+    {"data", "out", "preset", "resume", "steps", "samples", "threads", "prefetch", "decoder", "device"}
+    | {"log_every", "checkpoint_every", "keep_checkpoints", "ledger", "eval_data", "eval_every"}
 )
 """What may be another when a run is resumed. The data itself is held to the index's digest, not to its path."""
 
@@ -134,7 +134,9 @@ class Config:
                 raise ValueError(f"{flag(name)} {getattr(self, name)} is below {low}; give at least {low}")
         if self.total_steps < 1:
             length = f"--steps {self.steps}" if self.steps is not None else f"--samples {self.samples}"
-            raise ValueError(f"{length} is less than one batch of {self.batch_size}; give more, or a smaller --batch-size")
+            raise ValueError(
+                f"{length} is less than one batch of {self.batch_size}; give more, or a smaller --batch-size"
+            )
         if not 0 < self.lr < 1:
             raise ValueError(f"--lr {self.lr} is outside 0 to 1; 1e-3 is usual")
         if self.eval_every and not self.eval_data:
@@ -201,5 +203,7 @@ def refuse_other_run(old: Mapping[str, Any], config: Config, run: Path) -> None:
     new = record(config)
     changed = [name for name in new if name not in MAY_DIFFER and old.get(name) != new[name]]
     if changed:
-        phrases = [f"{flag(name)} is {json.dumps(old.get(name))} there and {json.dumps(new[name])} here" for name in changed]
+        phrases = [
+            f"{flag(name)} is {json.dumps(old.get(name))} there and {json.dumps(new[name])} here" for name in changed
+        ]
         raise ValueError(f"{run} holds another run: {'; '.join(phrases)}; use another --out, or --resume never")

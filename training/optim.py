@@ -1,4 +1,4 @@
-"""AdamW over a model's parameters, decaying what the dialect decays; and its state as named tensors, for checkpoints."""
+"""AdamW over a model's parameters, decaying what the dialect decays; its state as named tensors, for checkpoints."""
 
 from collections.abc import Mapping
 

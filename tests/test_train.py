@@ -1,0 +1,285 @@
+"""train.py and validate.py whole, on a small real shard set: what a user sees, and that nothing is lost."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+import validate
+from training import checkpoint
+from training.metrics import read_jsonl
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--model", "ViT-Ti-16", "--tokens", "4", "--text-tokens", "6", "--batch-size", "32", "--warmup-samples", "64",
+         "--device", "cpu", "--log-every", "2", "--checkpoint-every", "3"]  # fmt: skip
+
+
+def arguments(data: Path, out: Path, steps: int, *more: str) -> list[str]:
+    return ["--data", str(data), "--out", str(out), "--steps", str(steps), *SMALL, *more]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest, passed_over = checkpoint.newest(run)
+    assert newest is not None
+    assert passed_over == []
+    return newest.model_tensors()
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def ledger(run: Path) -> list[str]:
+    return [step for row in read_jsonl(run / "metrics.jsonl") for step in row["ledger"]]
+
+
+@pytest.fixture(scope="module")
+def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    assert train.main(arguments(shards, run, 8)) == 0
+    return run
+
+
+def test_loss_falls_and_the_folder_is_what_the_contract_says(finished: Path) -> None:
+    rows = read_jsonl(finished / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [2, 3, 4, 6, 8]
+    assert {"step", "samples_seen", "loss", "images_per_s", "data_wait_fraction"} <= rows[0].keys()
+    assert rows[-1]["samples_seen"] == 8 * 32
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert len(ledger(finished)) == 8
+    assert len(set(ledger(finished))) == 8
+    config = json.loads((finished / "config.json").read_text())
+    assert config["tokens"] == 4
+    assert config["encoders"]["name"] == "ViT-Ti-16"
+    assert [path.name for path in checkpoint.list_steps(finished)] == ["step-00000006", "step-00000008"]
+    names = {path.name for path in checkpoint.list_steps(finished)[-1].iterdir()}
+    assert names == {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
+
+
+def test_again_says_finished_and_touches_nothing(
+    finished: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    assert train.main(arguments(shards, finished, 8)) == 0
+    assert "is finished: 8 steps, 256 pairs; nothing to do" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_kill_9_and_the_same_command_equals_no_interruption(finished: Path, shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(shards, run, 8)]
+    for wanted in (3, 6):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoints" / f"step-{wanted:08d}").exists():
+            assert time.monotonic() < deadline, "no checkpoint came"
+            if process.poll() is not None:
+                break
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert same_weights(run, finished)
+    assert ledger(run) == ledger(finished)
+
+
+def test_other_threads_and_prefetch_change_no_bit(finished: Path, shards: Path, tmp_path: Path) -> None:
+    assert train.main(arguments(shards, tmp_path / "run", 8, "--threads", "3", "--prefetch", "0")) == 0
+    assert same_weights(tmp_path / "run", finished)
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train.main(arguments(shards, run, 3)) == 0
+    assert train.main(arguments(shards, run, 5)) == 0
+    assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == [2, 3, 4, 5]
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(finished: Path, shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(shards, run, 8)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step "):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == train.INTERRUPTED, rest
+    assert "checkpoint saved" in rest
+    assert "Traceback" not in rest
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert same_weights(run, finished)
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished: Path, shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    path = run / "checkpoints" / "step-00000008" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    (run / "checkpoints" / "step-00000009.partial").mkdir()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *arguments(shards, run, 8)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0
+    assert "passed over a damaged checkpoint" in done.stderr
+    assert "model.safetensors is damaged" in done.stderr
+    assert "resuming at step 6" in done.stdout
+    assert same_weights(run, finished)
+    assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == [2, 3, 4, 6, 8]
+
+
+def test_resume_never_starts_anew(finished: Path, shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train.main(arguments(shards, run, 3, "--seed", "5")) == 0
+    assert train.main(arguments(shards, run, 8, "--resume", "never")) == 0
+    assert same_weights(run, finished)
+
+
+def test_zero_shot_during_training_and_in_validation_agree(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = tmp_path / "held_out"
+    shutil.copytree(shards, held_out)
+    names = ("red", "green", "blue", "white", "black", "yellow", "purple", "orange")
+    (held_out / "classnames.txt").write_text("".join(f"{name}\n" for name in names))
+    (held_out / "zeroshot_classification_templates.txt").write_text("a {c} square\n")
+    run = tmp_path / "run"
+    more = ("--eval-data", str(held_out), "--eval-every", "30", "--lr", "2e-3", "--checkpoint-every", "1000")
+    assert train.main([*arguments(shards, run, 60), *more]) == 0
+    rows = [row for row in read_jsonl(run / "metrics.jsonl") if "zero_shot_top1" in row]
+    assert [row["step"] for row in rows] == [30, 60]
+    capsys.readouterr()
+    report = tmp_path / "report.png"
+    command = [str(run), "--data", str(held_out), "--baseline", str(shards), "--report", str(report)]
+    # The training captions are `a red square`, so the classes are found there only under that name.
+    assert validate.main(command) == 2
+    assert "no caption there is one of the 8 class names" in capsys.readouterr().err
+    (held_out / "classnames.txt").write_text("".join(f"a {name} square\n" for name in names))
+    (held_out / "zeroshot_classification_templates.txt").write_text("{c}\n")
+    assert validate.main(command) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["zero_shot_top1"] == pytest.approx(rows[-1]["zero_shot_top1"])
+    assert found["zero_shot_top1"] > 0.5  # eight colours: chance is 0.125
+    assert found["pixel_baseline_top1"] == 1  # it is the training set itself
+    assert found["num_images"] == 203
+    assert report.stat().st_size > 10_000
+    assert validate.main([str(run), "--data", str(shards)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 <= found["retrieval_image_r1"] <= found["retrieval_image_r5"] <= 1
+    assert 0 <= found["retrieval_text_r1"] <= found["retrieval_text_r10"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--tokens", "17"), "--tokens 17 is no square number"),
+        (("--image-size", "224"), "--image-size 224 contradicts --tokens 4"),
+        (("--model", "ViT-Ti-61"), "--model ViT-Ti-61 is not known; did you mean"),
+        (("--batch-size", "300"), "--batch-size 300 exceeds the 203 usable samples"),
+        (("--batch-size", "0"), "--batch-size 0 is below"),
+        (("--samples", "1000"), "both --steps and --samples"),
+        (("--text-tokens", "1"), "--text-tokens 1 is below 2"),
+        (("--lr", "7"), "--lr 7"),
+        (("--crop-area", "0.9", "0.4"), "crop area 0.9 0.4"),
+        (("--eval-every", "5"), "--eval-every 5 needs --eval-data"),
+        (("--data", "/nowhere"), "--data /nowhere: no such folder"),
+        (("--preset", "nowhere.toml"), "--preset nowhere.toml: no such file"),
+        (("--attention", "flash"), "flash"),
+    ],
+)
+def test_bad_input_is_one_line(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], message: str
+) -> None:
+    assert train.main([*arguments(shards, tmp_path / "run", 8), *more]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_flag_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--tokns", "16"])
+    assert stop.value.code == 2
+    assert "--tokens" in capsys.readouterr().err
+
+
+def test_another_config_in_the_folder_is_refused_by_name(
+    finished: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*arguments(shards, finished, 8), "--lr", "0.5", "--seed", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "--lr is 0.001 there and 0.5 here; --seed is 0 there and 1 here; use another --out" in error
+
+
+def test_changed_shards_are_refused(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(shards, data)
+    assert train.main(arguments(data, run, 2)) == 0
+    (data / "00000.tar").unlink()
+    assert train.main(arguments(data, run, 4)) == 2
+    assert "was trained on other data" in capsys.readouterr().err
+
+
+def test_presets_are_flags_that_stand_first(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    preset = tmp_path / "p.toml"
+    preset.write_text('seed = 9\nlr = 0.002\ncrop_area = [0.5, 0.9]\nledger = true\n')
+    run = tmp_path / "run"
+    assert train.main([*arguments(shards, run, 1), "--preset", str(preset), "--lr", "0.003"]) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert (config["seed"], config["lr"], config["crop_area"], config["ledger"]) == (9, 0.003, [0.5, 0.9], True)
+    assert len(read_jsonl(run / "ledger.jsonl")[0]["sample_ids"]) == 32
+    preset.write_text("sead = 9\n")
+    assert train.main([*arguments(shards, run, 1), "--preset", str(preset)]) == 2
+    assert 'unknown key "sead"; did you mean "seed"?' in capsys.readouterr().err
+    preset.write_text("seed = [\n")
+    assert train.main([*arguments(shards, run, 1), "--preset", str(preset)]) == 2
+    assert "cannot be read as TOML" in capsys.readouterr().err
+
+
+def test_shipped_presets_parse() -> None:
+    from training.config import parse
+
+    presets = sorted((ROOT / "training" / "presets").glob("*.toml"))
+    assert presets
+    for preset in presets:
+        assert parse(["--preset", str(preset)], "").preset == preset
+
+
+def test_a_damaged_image_is_skipped_and_named_once(shards: Path, tmp_path: Path) -> None:
+    from test_loader import damage
+
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(shards, data)
+    damage(data, "00003.tar", "000000090")
+    assert train.main(arguments(data, run, 14, "--checkpoint-every", "4")) == 0
+    rejected = read_jsonl(run / "rejected.jsonl")
+    assert [(entry["key"], entry["reason"]) for entry in rejected] == [("000000090", "JPEG cannot be decoded")]
+    assert read_jsonl(run / "metrics.jsonl")[-1]["rejected"] == 1
+    state = json.loads((checkpoint.list_steps(run)[-1] / "state.json").read_text())
+    assert state["known_bad"] == {"90": "JPEG cannot be decoded"}
+
+
+def test_validate_without_a_run(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert validate.main([str(tmp_path / "none"), "--data", str(shards)]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
+
+
+def test_checkpoints_hold_no_pickle(finished: Path) -> None:
+    for path in checkpoint.list_steps(finished)[-1].iterdir():
+        assert path.suffix in (".safetensors", ".json")
+        if path.suffix == ".safetensors":
+            assert load_file(path)
