@@ -219,7 +219,7 @@ def sheet(
     able = np.flatnonzero(valid & (shards.labels >= 0))
     chosen = np.random.default_rng(0).permutation(able)[:MAX_PICTURES]
     found = best_names(
-        images[torch.from_numpy(chosen)], classes, shards.names, 3, logit_scale=float(model.logit_scale.exp())
+        images[torch.from_numpy(chosen)], classes, shards.names, 3, logit_scale=float(model.logit_scale.detach().exp())
     )
     reader = shards.loader.reader
     jpegs = reader.images(reader.locate_ids(shards.sample_ids[chosen]))
