@@ -4,7 +4,9 @@ The loop stands here, top to bottom: next batch, forward, loss, backward, step, 
 pipeline/ (batches), model/ (encoders, loss) and training/ (the rest).
 """
 
+import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,60 +18,79 @@ from typing import Any
 
 import torch
 
+from evaluation.classes import CLASS_NAMES_FILE
 from model.clip import CLIP, gflops_per_pair
 from model.loss import info_nce
 from model.presets import model_config, to_json
+from pipeline.files import only_writer, write_text
 from pipeline.index import Index, open_index
-from pipeline.loader import DecoderName, Loader, Settings
-from pipeline.order import Order, default_lanes
+from pipeline.ingest.emoji import finished, make
+from pipeline.ingest.recipe import load
+from pipeline.loader import Loader, Settings
+from pipeline.order import Order
 from training import checkpoint, optim
-from training.config import STARTER, Config, parse, record, refuse_other_run
-from training.metrics import LEDGER, METRICS, REJECTED, RunLog, StepTimer, ids_hash
+from training.config import STARTER, Config, parse, record, refuse_other_run, resolved
+from training.metrics import LEDGER, METRICS, REJECTED, BadSampleBudget, RunLog, StepTimer, ids_hash
 from training.schedule import learning_rate
 from validate import ShardSet, zero_shot_accuracy
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM, with a checkpoint saved."""
+SWITCH_INTERVAL = 0.0005
+"""Seconds for which a loader thread may keep the GIL from the step; Python's own 5 ms are 2 % of a small step."""
 NON_FINITE_LIMIT = 20
 """Steps in a row with a loss that is not finite before the run stops."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 finished, 2 for what the user can mend, 130 interrupted with a checkpoint saved."""
+    """Returns the exit code: 0 finished, 2 for what the user can mend, 130 interrupted (after a checkpoint, if any)."""
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments, __doc__ or "")
-        with StopSignal() as stop:
-            return train(config, stop)
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        config = resolved(config, cuda=torch.cuda.is_available())
+        with only_writer(config.run_folder):
+            return train(config)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted before the first step; the same command begins again", file=sys.stderr)
+        return INTERRUPTED
 
 
-def train(config: Config, stop: "StopSignal") -> int:
-    """Trains, or goes on training, as the config says. Returns the exit code."""
+def train(config: Config) -> int:
+    """Trains, or goes on training, as a resolved config says. Returns the exit code."""
     run = config.run_folder
-    last = prepare_run_folder(config)
+    last = checkpoint_to_resume(config)
     if last is not None and last.state["step"] >= config.total_steps:
         print(f"{run} is finished: {last.state['step']:,} steps, {last.state['samples_seen']:,} pairs; nothing to do")
         return 0
-    device, decoder, precision = resolve(config)
     make_starter(config)
     index = open_index([Path(folder) for folder in config.data])
-    lanes = config.lanes or default_lanes(config.batch_size)
-    order = Order(index.shard_sizes, batch_size=config.batch_size, seed=config.seed, lanes=lanes)
+    assert config.lanes is not None
+    assert config.decoder != "auto"
+    order = Order(index.shard_sizes, batch_size=config.batch_size, seed=config.seed, lanes=config.lanes)
     geometry = config.geometry
-    settings = Settings(geometry, config.text_tokens, decoder, config.crop, config.seed)
+    settings = Settings(geometry, config.text_tokens, config.decoder, config.crop, config.captions, config.seed)
     loader = Loader(index, order, settings)
+    held_out = None
+    if config.eval_data:
+        held_out = ShardSet(Path(config.eval_data), settings)
+        if not held_out.names:
+            raise ValueError(f"--eval-data {config.eval_data} has no {CLASS_NAMES_FILE}; give a shard set with classes")
 
     torch.manual_seed(config.seed)
+    device = torch.device(config.device)
     encoders = model_config(config.model)
     model = CLIP(encoders, grid=geometry.grid, text_tokens=config.text_tokens, attention=config.attention).to(device)
     forward = torch.compile(model) if config.compile else model
     optimizer = optim.build(model, weight_decay=config.weight_decay, beta2=config.beta2)
-    describe(config, model, index, order, device, decoder, precision)
+    describe(config, model, index, order)
 
     step = samples_seen = 0
-    if last is not None:
+    if last is None:
+        clear(run)
+    else:
         if last.state["index_digest"] != index.digest:
             raise ValueError(f"{run} was trained on other data: the shards changed since; use another --out")
         model.load_state_dict(last.model_tensors())
@@ -77,92 +98,90 @@ def train(config: Config, stop: "StopSignal") -> int:
         step, samples_seen = last.state["step"], last.state["samples_seen"]
         loader.known_bad.update({int(sample): reason for sample, reason in last.state["known_bad"].items()})
         print(f"resuming at step {step:,} from {last.path}")
-    else:
-        (run / "config.json").write_text(json.dumps({**record(config), "encoders": to_json(encoders)}, indent=1) + "\n")
-    log = RunLog(run, step, loader.known_bad)
+    write_text(run / "config.json", json.dumps({**record(config), "encoders": to_json(encoders)}, indent=1) + "\n")
+    log = RunLog(run, step)
 
     def save() -> None:
-        known_bad = {str(sample): reason for sample, reason in sorted(loader.known_bad.items())}
+        known_bad = {str(sample): reason for sample, reason in sorted(dict(loader.known_bad).items())}
         state = {"samples_seen": samples_seen, "index_digest": index.digest, "known_bad": known_bad}
         tensors = optim.state_tensors(model, optimizer)
         checkpoint.save(run, step, model.state_dict(), tensors, state, config.keep_checkpoints)
 
-    held_out = ShardSet(Path(config.eval_data), settings) if config.eval_every and config.eval_data else None
-    timer = StepTimer()
+    timer, budget = StepTimer(), BadSampleBudget(config.max_bad_fraction)
     hashes: list[str] = []
     losses: list[torch.Tensor] = []
-    rejected = non_finite = 0
+    non_finite = 0
     total_samples = config.total_steps * config.batch_size
     batches = loader.batches(step, config.total_steps, threads=config.threads, prefetch=config.prefetch)
-    for _ in range(step, config.total_steps):
-        waiting = time.perf_counter()
-        batch = next(batches)
-        timer.waited(time.perf_counter() - waiting)
-        batch = batch.pin_memory().to(device) if device.type == "cuda" else batch
+    with StopSignal() as stop, contextlib.closing(batches):
+        while step < config.total_steps:
+            waiting = time.perf_counter()
+            batch = next(batches)
+            timer.waited(time.perf_counter() - waiting)
+            batch = batch.pin_memory().to(device) if device.type == "cuda" else batch
 
-        rate = learning_rate(
-            samples_seen, peak=config.lr, warmup_samples=config.warmup_samples, total_samples=total_samples
-        )
-        optim.set_learning_rate(optimizer, rate)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            image_features, text_features, logit_scale = forward(batch.patches, batch.positions, batch.caption_ids)
-        loss = info_nce(image_features, text_features, logit_scale, batch.valid)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+            rate = learning_rate(
+                samples_seen, peak=config.lr, warmup_samples=config.warmup_samples, total_samples=total_samples
+            )
+            optim.set_learning_rate(optimizer, rate)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                image_features, text_features, logit_scale = forward(batch.patches, batch.positions, batch.caption_ids)
+            loss = info_nce(image_features, text_features, logit_scale, batch.valid)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
 
-        step += 1
-        samples_seen += config.batch_size
-        ids = batch.sample_ids.numpy()
-        hashes.append(ids_hash(ids))
-        losses.append(loss.detach())
-        rejected += log.rejections(step, batch.rejected)
-        if config.ledger:
-            log.ledger(step, ids)
+            step += 1
+            samples_seen += config.batch_size
+            ids = batch.sample_ids.numpy()
+            hashes.append(ids_hash(ids))
+            losses.append(loss.detach())
+            log.rejections(step, batch.rejected)
+            budget.add(len(ids), batch.rejected)
+            if config.ledger:
+                log.ledger(step, ids)
 
-        ending = stop.asked or step == config.total_steps
-        evaluating = held_out is not None and (step % config.eval_every == 0 or step == config.total_steps)
-        saving = ending or step % config.checkpoint_every == 0
-        if evaluating or saving or step % config.log_every == 0:
-            # Reading losses waits for the device, so it is done here only.
-            recent = torch.stack(losses).tolist()
-            non_finite = count_non_finite(recent, non_finite, run, step)
-            values: dict[str, Any] = {
-                "step": step,
-                "samples_seen": samples_seen,
-                "loss": sum(recent) / len(recent),
-                "lr": rate,
-                "logit_scale": float(logit_scale.detach()),
-                **timer.rates(len(recent) * config.batch_size),
-                "rejected": rejected,
-                "ledger": hashes,
-            }
-            if held_out is not None and evaluating:
-                values |= zero_shot_accuracy(model, held_out)
-            log.metrics(values)
-            print(log_line(values, config.total_steps, device), flush=True)
-            hashes, losses = [], []
-            if saving:
-                save()
-            timer.restart()
-        if stop.asked and step < config.total_steps:
-            print(f"interrupted at step {step:,}; checkpoint saved; the same command goes on from there")
-            return INTERRUPTED
-    print(f"finished: {step:,} steps, {samples_seen:,} pairs; checkpoint in {checkpoint.list_steps(run)[-1]}")
+            ending = stop.asked or step == config.total_steps
+            evaluating = held_out is not None and (step % config.eval_every == 0 or step == config.total_steps)
+            saving = ending or step % config.checkpoint_every == 0
+            if evaluating or saving or step % config.log_every == 0:
+                # Reading losses waits for the device, so it is done here only.
+                recent = torch.stack(losses).tolist()
+                non_finite = count_non_finite(recent, non_finite, step)
+                values: dict[str, Any] = {
+                    "step": step,
+                    "samples_seen": samples_seen,
+                    "loss": sum(recent) / len(recent),
+                    "lr": rate,
+                    "logit_scale": float(logit_scale.detach()),
+                    **timer.rates(len(recent) * config.batch_size),
+                    "rejected": log.num_rejected,
+                    "ledger": hashes,
+                }
+                if held_out is not None and evaluating:
+                    values |= zero_shot_accuracy(model, held_out)
+                log.metrics(values)
+                print(log_line(values, config.total_steps, device), flush=True)
+                hashes, losses = [], []
+                # A model that has met a loss without a number must not push a good checkpoint out.
+                if saving and not non_finite:
+                    save()
+                timer.restart()
+            if stop.asked and step < config.total_steps:
+                print(f"interrupted at step {step:,}; the same command goes on from {checkpoint.name_of_newest(run)}")
+                return INTERRUPTED
+    print(f"finished: {step:,} steps, {samples_seen:,} pairs; {checkpoint.name_of_newest(run)}")
     return 0
 
 
-def prepare_run_folder(config: Config) -> checkpoint.Checkpoint | None:
-    """Returns the checkpoint to go on from, or None for a new run, whose folder then holds nothing of an older one.
+def checkpoint_to_resume(config: Config) -> checkpoint.Checkpoint | None:
+    """Returns the checkpoint to go on from, or None for a new run. Deletes nothing.
 
     Raises ValueError where the folder holds a run of other values, or only damaged checkpoints.
     """
     run = config.run_folder
     if config.resume == "never":
-        shutil.rmtree(run / checkpoint.FOLDER, ignore_errors=True)
-        for name in ("config.json", METRICS, REJECTED, LEDGER):
-            (run / name).unlink(missing_ok=True)
-    run.mkdir(parents=True, exist_ok=True)
+        return None
     recorded = run / "config.json"
     if not recorded.exists():
         if checkpoint.list_steps(run):
@@ -181,31 +200,23 @@ def prepare_run_folder(config: Config) -> checkpoint.Checkpoint | None:
     return last
 
 
-def resolve(config: Config) -> tuple[torch.device, DecoderName, str]:
-    """Returns what the three `auto`s come to: device, decoder, precision."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "--device cuda: no CUDA device is here (or this torch is built without CUDA); use --device cpu"
-        )
-    cuda = config.device != "cpu" and torch.cuda.is_available()
-    decoder = config.decoder if config.decoder != "auto" else "dali" if cuda else "turbo"
-    precision = config.precision if config.precision != "auto" else "bf16" if cuda else "fp32"
-    return torch.device("cuda" if cuda else "cpu"), decoder, precision
+def clear(run: Path) -> None:
+    """Deletes what an older run left in the folder; only once all that can be refused has been checked."""
+    if (run / checkpoint.FOLDER).exists():
+        shutil.rmtree(run / checkpoint.FOLDER)
+    for name in ("config.json", METRICS, REJECTED, LEDGER):
+        (run / name).unlink(missing_ok=True)
 
 
 def make_starter(config: Config) -> None:
-    """Makes the starter data where a run asks for it and it is not there yet."""
-    starter = Path(STARTER)
-    if STARTER in config.data and not any(starter.glob("*.tar")):
-        print(f"--data {STARTER} is not there yet: making the starter (once, about a minute)")
-        from ingest import main as ingest
-
-        ingest(["datasets/emoji.toml", "--out", str(starter.parent)])
+    """Makes the starter data, or the rest of it, where a run asks for it."""
+    folder = Path(STARTER).parent
+    if STARTER in config.data and finished(folder) is None:
+        print(f"--data {STARTER} is not there yet: making the starter (once, about a minute)", flush=True)
+        make(load(Path(__file__).parent / "datasets" / "emoji.toml"), folder, os.cpu_count() or 1)
 
 
-def describe(
-    config: Config, model: CLIP, index: Index, order: Order, device: torch.device, decoder: str, precision: str
-) -> None:
+def describe(config: Config, model: CLIP, index: Index, order: Order) -> None:
     """Prints every value that follows from others."""
     geometry, count = config.geometry, model.num_parameters()
     image, text = gflops_per_pair(model.config, config.tokens, config.text_tokens)
@@ -225,9 +236,17 @@ def describe(
     print(f"data      {index.num_usable:,} pairs in {len(index.shards)} shards{left_out}")
     print(
         f"length    {config.total_steps:,} steps of {config.batch_size:,} pairs: "
-        f"{config.total_steps * config.batch_size / order.num_samples:.1f} epochs in {order.lanes} lanes"
+        f"{config.total_steps * config.batch_size / order.num_samples:.1f} epochs in {order.lanes} lanes, "
+        f"{order.left_out} pairs of each left out by them"
     )
-    print(f"device    {device.type}, {precision}; decoder {decoder}; {torch.get_num_threads()} threads", flush=True)
+    for shard in index.shards:
+        if shard.problem:
+            print(f"          {shard.path}: {shard.problem}; {shard.usable:,} samples before that are used")
+    print(
+        f"device    {config.device}, {config.precision}; decoder {config.decoder} on the CPU; "
+        f"attention {config.attention}; {torch.get_num_threads()} threads",
+        flush=True,
+    )
 
 
 def log_line(values: dict[str, Any], total_steps: int, device: torch.device) -> str:
@@ -250,14 +269,14 @@ def log_line(values: dict[str, Any], total_steps: int, device: torch.device) -> 
     return "  ".join(parts)
 
 
-def count_non_finite(losses: list[float], before: int, run: Path, step: int) -> int:
+def count_non_finite(losses: list[float], before: int, step: int) -> int:
     """Returns how many of the newest losses in a row are not finite. Raises ValueError when they are too many."""
     for loss in losses:
-        before = 0 if abs(loss) < float("inf") else before + 1
+        before = 0 if math.isfinite(loss) else before + 1
     if before >= NON_FINITE_LIMIT:
         raise ValueError(
             f"the loss was not finite for {before} steps up to step {step}; "
-            f"go on from the last checkpoint in {run} with a lower --lr (in a new --out)"
+            "no checkpoint holds them: train again with a lower --lr in a new --out"
         )
     return before
 
@@ -280,7 +299,8 @@ class StopSignal:
         if self.asked:
             os._exit(INTERRUPTED)
         self.asked = True
-        print("stopping after this step; once more to stop at once", file=sys.stderr)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"stopping after this step; once more to stop at once\n")
 
 
 if __name__ == "__main__":

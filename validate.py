@@ -6,6 +6,7 @@ and, as the last line, one JSON object.
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,10 +23,8 @@ from evaluation.retrieval import recall
 from evaluation.zero_shot import best_names, class_weights, nearest_neighbour_baseline, top_k
 from model.clip import CLIP
 from model.presets import from_json
-from pipeline.captions import WordPieceTruncate
 from pipeline.index import Index, open_index
 from pipeline.loader import Loader, Settings
-from pipeline.order import Order
 from pipeline.tokens import token_geometry
 from training import checkpoint
 
@@ -52,46 +51,56 @@ class ShardSet:
     """A held-out shard set, decoded for one geometry: whole images, squeezed to the square; first captions."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
-        """Raises ValueError, in one line, for a folder without usable shards or with a damaged class list."""
+        """Raises ValueError, in one line, for a folder without usable shards or with a class list that does not fit."""
         self.folder = folder
         index = open_index([folder])
-        # Evaluation goes through the samples in order; the training order is only there to complete the loader.
-        order = Order(index.shard_sizes, batch_size=min(BATCH_SIZE, index.num_usable), seed=0, lanes=1)
-        self.loader = Loader(index, order, settings)
+        self.loader = Loader(index, None, settings)
         self.sample_ids = index.usable_ids()
         self.names: list[str] = []
+        self.templates: list[str] = []
+        self.labels = _class_ids(index, self.sample_ids)
         if (folder / CLASS_NAMES_FILE).is_file():
             self.names, self.templates = read_classes(folder)
-            self.labels = _class_ids(index, self.sample_ids)
-            if (self.labels < 0).all():
-                raise ValueError(f"{folder} has {CLASS_NAMES_FILE}, but no sample has a class (KEY.cls)")
+            if not -1 < self.labels.max() < len(self.names):
+                found = f"class {self.labels.max()}" if self.labels.max() >= 0 else "no sample with a class (KEY.cls)"
+                raise ValueError(
+                    f"{folder}: {CLASS_NAMES_FILE} names {len(self.names)} classes, the shards have {found}"
+                )
 
-    def features(self, model: CLIP) -> tuple[torch.Tensor, torch.Tensor, npt.NDArray[np.bool_]]:
-        """Returns image features [N, E], caption features [N, E], and which samples could be decoded [N]."""
+    def image_features(self, model: CLIP) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
+        """Returns image features [N, E], and which samples could be decoded [N]."""
         device = model.logit_scale.device
         images: list[torch.Tensor] = []
-        texts: list[torch.Tensor] = []
         valid: list[torch.Tensor] = []
         with evaluating(model):
-            for batch in self.loader.evaluation_batches(self.sample_ids, BATCH_SIZE):
+            for batch in self.loader.evaluation_batches(self.sample_ids):
                 valid.append(batch.valid)
-                batch = batch.to(device)
-                images.append(model.encode_image(batch.patches, batch.positions).cpu())
-                texts.append(model.encode_text(batch.caption_ids).cpu())
-        return torch.cat(images), torch.cat(texts), torch.cat(valid).numpy()
+                images.append(model.encode_image(batch.patches.to(device), batch.positions.to(device)).cpu())
+        return torch.cat(images), torch.cat(valid).numpy()
+
+    def captions(self) -> list[bytes]:
+        """Returns the first caption of each sample; empty where it cannot be read."""
+        reader = self.loader.reader
+        texts = reader.captions(reader.locate_ids(self.sample_ids), np.zeros(len(self.sample_ids), np.int64))
+        return [text if isinstance(text, bytes) else b"" for text in texts]
+
+    def text_features(self, model: CLIP, captions: Sequence[bytes]) -> torch.Tensor:
+        """Returns the features of captions, float32 [len(captions), E]."""
+        ids = torch.from_numpy(self.loader.tokenizer.encode(captions))
+        device = model.logit_scale.device
+        with evaluating(model):
+            return torch.cat([model.encode_text(part.to(device)).cpu() for part in ids.split(BATCH_SIZE)])
 
     def class_features(self, model: CLIP) -> torch.Tensor:
         """Returns the classes' vectors, float32 [C, E], from the prompts that the folder gives."""
-        tokenizer: WordPieceTruncate = self.loader.tokenizer
-        ids = torch.from_numpy(tokenizer.encode([text.encode() for text in prompts(self.names, self.templates)]))
-        with evaluating(model):
-            parts = [model.encode_text(part.to(model.logit_scale.device)).cpu() for part in ids.split(BATCH_SIZE)]
-        return class_weights(torch.cat(parts), len(self.names))
+        texts = [text.encode() for text in prompts(self.names, self.templates)]
+        return class_weights(self.text_features(model, texts), len(self.names))
 
-    def pixels(self) -> npt.NDArray[np.uint8]:
-        """Returns what the encoder sees of each sample, flattened: uint8 [N, D]."""
-        batches = self.loader.evaluation_batches(self.sample_ids, BATCH_SIZE)
-        return np.concatenate([batch.patches.flatten(1).numpy() for batch in batches])
+    def pixels(self, sample_ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+        """Returns what the encoder sees of samples, flattened, uint8 [N, D]; and which could be decoded [N]."""
+        batches = list(self.loader.evaluation_batches(sample_ids))
+        pixels = np.concatenate([batch.patches.flatten(1).numpy() for batch in batches])
+        return pixels, np.concatenate([batch.valid.numpy() for batch in batches])
 
 
 class evaluating:
@@ -118,6 +127,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     print(json.dumps(results))
     return 0
 
@@ -126,30 +138,35 @@ def validate(config: Validate) -> dict[str, Any]:
     """Measures what the data allows, prints the table and returns the numbers."""
     model, settings, step = load_run(config.run, config)
     shards = ShardSet(config.data, settings)
-    images, texts, valid = shards.features(model)
+    if not shards.names and (config.baseline or config.report):
+        raise ValueError(f"--baseline and --report need classes, and {config.data} has no {CLASS_NAMES_FILE}")
+    images, valid = shards.image_features(model)
     results: dict[str, Any] = {"run": str(config.run), "data": str(config.data), "step": step}
     results |= {"num_images": int(valid.sum()), "num_bad": int((~valid).sum())}
     rows: list[tuple[str, str]] = []
     if shards.names:
         classes = shards.class_features(model)
         results |= _zero_shot(shards, images, classes, valid)
-        rows += [("zero-shot top-1", _percent(results["zero_shot_top1"]))]
-        rows += [("zero-shot top-5", _percent(results["zero_shot_top5"]))]
-        rows += [("chance", _percent(results["chance"]))]
         if config.baseline:
             results["pixel_baseline_top1"] = pixel_baseline(shards, config.baseline, settings)
-            rows += [("nearest training picture, by pixels", _percent(results["pixel_baseline_top1"]))]
+        labels = {
+            "zero_shot_top1": "zero-shot top-1",
+            "zero_shot_top5": "zero-shot top-5",
+            "chance": "chance, top-1",
+            "pixel_baseline_top1": "nearest training picture by pixels, top-1",
+        }
+        rows += [(label, _percent(results[key])) for key, label in labels.items() if key in results]
         if config.report:
             draw(config.run, config.report, sheet(shards, model, images, classes, valid, results))
             results["report"] = str(config.report)
     else:
         keep = torch.from_numpy(valid)
+        texts = shards.text_features(model, shards.captions())
         results |= recall(images[keep], texts[keep], np.arange(int(valid.sum())))
-        for key in results:
-            if key.startswith("retrieval_"):
-                _, side, rank = key.split("_")
-                name = "image for a caption" if side == "image" else "caption for an image"
-                rows.append((f"{name}, R@{rank[1:]}", _percent(results[key])))
+        sides = {"retrieval_image_r": "image for a caption, R@", "retrieval_text_r": "caption for an image, R@"}
+        for start, label in sides.items():
+            found = {key: value for key, value in results.items() if key.startswith(start)}
+            rows += [(label + key.removeprefix(start), _percent(value)) for key, value in found.items()]
         rows.append(("chance, R@1", _percent(1 / results["num_images"])))
     print(f"{config.run} at step {step:,} on {config.data}: {results['num_images']:,} pictures")
     print(format_table(("measure", "value"), rows))
@@ -158,7 +175,7 @@ def validate(config: Validate) -> dict[str, Any]:
 
 def zero_shot_accuracy(model: CLIP, shards: ShardSet) -> dict[str, float]:
     """Returns zero_shot_top1 and zero_shot_top5 of a model on a shard set with classes."""
-    images, _, valid = shards.features(model)
+    images, valid = shards.image_features(model)
     found = _zero_shot(shards, images, shards.class_features(model), valid)
     return {name: found[name] for name in ("zero_shot_top1", "zero_shot_top5")}
 
@@ -196,15 +213,15 @@ def pixel_baseline(shards: ShardSet, train_folder: Path, settings: Settings) -> 
     """
     train = ShardSet(train_folder, settings)
     class_of = {name.encode(): i for i, name in enumerate(shards.names)}
-    rows = train.loader.reader.locate_ids(train.sample_ids)
-    captions = train.loader.reader.captions(rows, np.zeros(len(train.sample_ids), np.int64))
-    labels = np.array([class_of.get(caption, -1) for caption in captions])
-    if (labels < 0).all():
+    train_labels = np.array([class_of.get(caption, -1) for caption in train.captions()])
+    if (train_labels < 0).all():
         raise ValueError(f"--baseline {train_folder}: no caption there is one of the {len(class_of):,} class names")
-    named, labelled = labels >= 0, shards.labels >= 0
-    return nearest_neighbour_baseline(
-        train.pixels()[named], labels[named], shards.pixels()[labelled], shards.labels[labelled]
-    )
+    pictures: list[npt.NDArray[Any]] = []
+    for side, labels in ((train, train_labels), (shards, shards.labels)):
+        labelled = np.flatnonzero(labels >= 0)
+        pixels, valid = side.pixels(side.sample_ids[labelled])
+        pictures += [pixels[valid], labels[labelled[valid]]]
+    return nearest_neighbour_baseline(*pictures)
 
 
 def sheet(
@@ -222,12 +239,13 @@ def sheet(
         images[torch.from_numpy(chosen)], classes, shards.names, 3, logit_scale=float(model.logit_scale.detach().exp())
     )
     reader = shards.loader.reader
-    jpegs = reader.images(reader.locate_ids(shards.sample_ids[chosen]))
+    jpegs = [jpeg for jpeg in reader.images(reader.locate_ids(shards.sample_ids[chosen])) if isinstance(jpeg, bytes)]
+    assert len(jpegs) == len(chosen), "a picture that was decoded a moment ago is gone"
     return Sheet(
         zero_shot_top1=results["zero_shot_top1"],
-        num_images=results["num_images"],
+        num_images=len(able),
         num_classes=len(shards.names),
-        pictures=[_picture(jpeg) for jpeg in jpegs if isinstance(jpeg, bytes)],
+        pictures=[_picture(jpeg) for jpeg in jpegs],
         true_names=[shards.names[label] for label in shards.labels[chosen]],
         best_names=[[name for name, _ in best] for best in found],
         scores=[[score for _, score in best] for best in found],
@@ -249,7 +267,7 @@ def _class_ids(index: Index, sample_ids: npt.NDArray[np.int64]) -> npt.NDArray[n
 
 
 def _picture(jpeg: bytes) -> npt.NDArray[np.uint8]:
-    pixels = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB)
+    pixels = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     assert pixels is not None
     return np.asarray(pixels, np.uint8)
 

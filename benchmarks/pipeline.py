@@ -76,7 +76,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(_table(rows))
     if config.json:
-        result = {"environment": environment(), "data": list(map(str, config.data)), "rows": [asdict(row) for row in rows]}
+        result = {
+            "environment": environment(),
+            "data": list(map(str, config.data)),
+            "rows": [asdict(row) for row in rows],
+        }
         config.json.parent.mkdir(parents=True, exist_ok=True)
         config.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
@@ -127,7 +131,7 @@ def _round(config: Benchmark, loader: Loader, first_step: int) -> dict[str, floa
 def _gil_meter() -> Any:
     """A thread outside Python that asks for the GIL a thousand times a second and notes how long it waits."""
     try:
-        from gilknocker import KnockKnock
+        from gilknocker import KnockKnock  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
     except ImportError:
         return None
     return KnockKnock(polling_interval_micros=1000, sampling_interval_micros=1000, sleeping_interval_micros=0)
@@ -150,7 +154,15 @@ def _row(config: Benchmark, decoder: str, rounds: list[dict[str, float]], mean_b
 
 
 def _table(rows: list[Row]) -> str:
-    header = ("decoder", "img per CPU s", "(range)", "img/s", "MB per CPU s", "GIL us", *(f"{stage} us" for stage in STAGES))
+    header = (
+        "decoder",
+        "img per CPU s",
+        "(range)",
+        "img/s",
+        "MB per CPU s",
+        "GIL us",
+        *(f"{stage} us" for stage in STAGES),
+    )
     return format_table(
         header,
         [

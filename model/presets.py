@@ -107,9 +107,9 @@ def _check_choices(kind: str, config: object) -> None:
 _CONFIGS = (
     ModelConfig(
         "ViT-Ti-16",  # ours, for laptops: not in the paper
-        ImageConfig(width=192, layers=6, heads=3, mlp_width=768, patch=16, pooling="patch_mean"),
-        TextConfig(width=128, layers=4, heads=2, mlp_width=512),
-        embed_dim=192,
+        ImageConfig(width=128, layers=2, heads=2, mlp_width=512, patch=16, pooling="class"),
+        TextConfig(width=128, layers=1, heads=2, mlp_width=512),
+        embed_dim=128,
     ),
     ModelConfig(
         "ViT-S-16",

@@ -131,6 +131,7 @@ def _define(geometry: Geometry) -> Any:
             normalized_anchor=False,
             normalized_shape=False,
             output_type=types.RGB,
+            adjust_orientation=False,  # as libjpeg-turbo: ingestion makes images upright
             device=device,
         )
         pixels = fn.resize(

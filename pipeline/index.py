@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,6 +55,7 @@ class Index:
         """parquet_of: for each shard, the index file and the row group that holds its rows."""
         self.shards = tuple(shards)
         self._parquet_of = tuple(parquet_of)
+        self._written = {path: _stat(path) for path, _ in parquet_of}
         self.shard_sizes: IntArray = np.array([shard.usable for shard in shards], np.int64)
         self.first_ids: IntArray = np.concatenate([[0], np.cumsum([shard.samples for shard in shards])]).astype(
             np.int64
@@ -89,6 +89,10 @@ class Index:
 
     def _read_rows(self, shard: int) -> ShardRows:
         path, group = self._parquet_of[shard]
+        if _stat(path) != self._written[path]:
+            raise ValueError(
+                f"{path} was built anew while it was in use: the shards changed; run the same command again"
+            )
         table = pq.ParquetFile(path).read_row_group(group)
         captions = table["caption_offset"].combine_chunks()
         usable = np.flatnonzero(table["reason"].is_null().to_numpy())
@@ -149,6 +153,7 @@ def _identity(info: ShardInfo) -> tuple[str, int, int]:
 
 
 def _stat(path: Path) -> tuple[str, int, int]:
+    """What tells one state of a file from another: name, bytes, time."""
     status = path.stat()
     return path.name, status.st_size, status.st_mtime_ns
 
@@ -194,12 +199,11 @@ def _scratch(folder: Path) -> Generator[tuple[Path, Path]]:
     if not os.access(folder, os.W_OK):
         home = _cache_path(folder)
         home.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=home.parent, prefix=f"{INDEX_NAME}.", suffix=".partial")
-    os.close(handle)
+    scratch = home.with_name(f"{home.name}.{os.getpid()}.partial")
     try:
-        yield Path(name), home
+        yield scratch, home
     finally:
-        Path(name).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
 
 
 def _cache_path(folder: Path) -> Path:

@@ -7,7 +7,7 @@ the step plus the samples found bad on the way (kept only so that a bad image is
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -27,6 +27,7 @@ from .tokens import DEFAULT_CROP, CropRange, Geometry, Windows, caption_choice, 
 
 DecoderName = Literal["dali", "turbo"]
 
+EVALUATION_BATCH_SIZE = 256
 STAGES: tuple[str, ...] = ("order", "plan", "read", "decode", "captions")
 
 
@@ -38,6 +39,8 @@ class Settings:
     text_tokens: int
     decoder: DecoderName
     crop: CropRange = DEFAULT_CROP
+    captions: Literal["any", "first"] = "any"
+    """Where a sample has several: one drawn each epoch, or always the first."""
     seed: int = 0
     device_id: int | None = None
     """The GPU on which DALI decodes; None for the CPU."""
@@ -52,11 +55,16 @@ class Settings:
 class Loader:
     """Batches of a run. `batch(step)` makes one; `batches` makes them ahead, on threads."""
 
-    def __init__(self, index: Index, order: Order, settings: Settings, *, rank: int = 0, world_size: int = 1) -> None:
-        """Raises ValueError where ranks cannot share the lanes, or a decoder or vocabulary is missing."""
+    def __init__(
+        self, index: Index, order: Order | None, settings: Settings, *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        """order: of training batches; None where samples are only evaluated, one after the other.
+
+        Raises ValueError where ranks cannot share the lanes, or a decoder or vocabulary is missing.
+        """
         self.index, self.order, self.settings = index, order, settings
         self.rank, self.world_size = rank, world_size
-        self.local_batch_size = order.batch_size // world_size
+        self.local_batch_size = order.batch_size // world_size if order else EVALUATION_BATCH_SIZE
         self.reader = Reader(index)
         self.tokenizer = WordPieceTruncate(settings.text_tokens)
         self.known_bad: dict[int, str] = {}
@@ -64,23 +72,26 @@ class Loader:
         self.stage_seconds = dict.fromkeys(STAGES, 0.0)
         """CPU time of the worker threads by stage, summed over batches."""
         self._local = threading.local()
-        order.slots(0, rank, world_size)
+        if order:
+            order.slots(0, rank, world_size)
         # A missing library is found now, not in the first batch on some thread.
         self._decoder()
 
     def batch(self, step: int) -> Batch:
         """Returns this rank's slots of global batch `step` (0-based). Raises ReadFailed when the disk refuses."""
+        assert self.order is not None, "a loader without an order has no training batches"
         clock = _StageClock(self.stage_seconds)
         slots = self.order.slots(step, self.rank, self.world_size)
         rows = self.reader.locate(slots)
         clock.lap("order")
         seed = self.settings.seed
         windows = crop_windows(seed, slots.epoch, rows.sample_ids, rows.width, rows.height, self.settings.crop)
-        choice = caption_choice(seed, slots.epoch, rows.sample_ids, rows.num_captions)
+        allowed = rows.num_captions if self.settings.captions == "any" else np.ones_like(rows.num_captions)
+        choice = caption_choice(seed, slots.epoch, rows.sample_ids, allowed)
         clock.lap("plan")
         return self._assemble(rows, windows, choice, clock)
 
-    def batches(self, first_step: int, end_step: int, *, threads: int = 1, prefetch: int = 2) -> Iterator[Batch]:
+    def batches(self, first_step: int, end_step: int, *, threads: int = 1, prefetch: int = 2) -> Generator[Batch]:
         """Yields the batches of steps [first_step, end_step) in order, at most threads + prefetch made ahead."""
         with ThreadPoolExecutor(threads, thread_name_prefix="loader") as pool:
             ahead: deque[Future[Batch]] = deque()
@@ -94,29 +105,28 @@ class Loader:
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def evaluation_batches(self, sample_ids: IntArray, batch_size: int) -> Iterator[Batch]:
+    def evaluation_batches(self, sample_ids: IntArray) -> Iterator[Batch]:
         """Yields the given samples in order: whole images squeezed to the square, first captions."""
-        for start in range(0, len(sample_ids), batch_size):
-            rows = self.reader.locate_ids(sample_ids[start : start + batch_size])
+        step = self.local_batch_size
+        for start in range(0, len(sample_ids), step):
+            rows = self.reader.locate_ids(sample_ids[start : start + step])
             windows = whole_windows(rows.width, rows.height)
             yield self._assemble(rows, windows, np.zeros(len(windows), np.int64), _StageClock(self.stage_seconds))
 
     def _assemble(self, rows: Rows, windows: Windows, choice: IntArray, clock: "_StageClock") -> Batch:
         ids = rows.sample_ids.tolist()
-        jpegs: list[bytes | None] = []
-        faults: dict[int, str] = {}
-        for slot, jpeg in enumerate(self.reader.images(rows)):
-            fault = self.known_bad.get(ids[slot]) if isinstance(jpeg, bytes) else jpeg
-            jpegs.append(None if fault else jpeg if isinstance(jpeg, bytes) else None)
-            if fault:
-                faults[slot] = fault
-        captions = self.reader.captions(rows, choice)
+        images, captions = self.reader.images(rows), self.reader.captions(rows, choice)
+        faults = {slot: fault for slot, sample in enumerate(ids) if (fault := self.known_bad.get(sample))}
+        faults |= {
+            slot: item for items in (images, captions) for slot, item in enumerate(items) if isinstance(item, str)
+        }
+        jpegs = [None if slot in faults or isinstance(image, str) else image for slot, image in enumerate(images)]
         clock.lap("read")
         decoded = self._decoder().decode(jpegs, windows, rows.width, rows.height)
         for slot, fault in decoded.faults.items():
             self.known_bad[ids[slot]] = faults[slot] = fault
         clock.lap("decode")
-        caption_ids = self.tokenizer.encode(captions)
+        caption_ids = self.tokenizer.encode([b"" if isinstance(text, str) else text for text in captions])
         clock.lap("captions")
         geometry = self.settings.geometry
         valid = np.ones(len(ids), np.bool_)

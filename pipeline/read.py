@@ -17,6 +17,7 @@ from .index import Index, IntArray
 from .order import Slots
 
 _READ_ATTEMPTS = 4
+_SHORTER = "shard shorter than its index"
 
 
 @dataclass(frozen=True)
@@ -67,22 +68,25 @@ class Reader:
         ):
             jpeg = self._read(shard, offset, size)
             if len(jpeg) != size:
-                jpegs.append("shard shorter than its index")
+                jpegs.append(_SHORTER)
             elif jpeg[:3] != b"\xff\xd8\xff":
                 jpegs.append("shard changed since it was indexed")
             else:
                 jpegs.append(jpeg)
         return jpegs
 
-    def captions(self, rows: Rows, choice: IntArray) -> list[bytes]:
-        """Returns one caption a row. choice: int64 [batch], which of its captions, 0 <= choice < num_captions."""
-        captions: list[bytes] = []
+    def captions(self, rows: Rows, choice: IntArray) -> list[bytes | str]:
+        """Returns one caption a row, or the reason why it cannot be used.
+
+        choice: int64 [batch], which of its captions, 0 <= choice < num_captions.
+        """
+        captions: list[bytes | str] = []
         at = (rows.caption_first + choice).tolist()
         for shard, caption in zip(rows.shard.tolist(), at, strict=True):
             columns = self.index.rows(shard)
-            captions.append(
-                self._read(shard, int(columns.caption_offset[caption]), int(columns.caption_bytes[caption]))
-            )
+            size = int(columns.caption_bytes[caption])
+            text = self._read(shard, int(columns.caption_offset[caption]), size)
+            captions.append(text if len(text) == size else _SHORTER)
         return captions
 
     def key(self, shard: int, row: int) -> str:
@@ -114,7 +118,9 @@ class Reader:
         path = self.index.shards[shard].path
         for attempt in range(_READ_ATTEMPTS):
             try:
-                return os.pread(self._open(path).descriptor, size, offset)
+                # Held in a name until the read is done: an evicted shard closes when nobody holds it.
+                shard_file = self._open(path)
+                return _read_fully(shard_file.descriptor, size, offset)
             except OSError as error:
                 if attempt == _READ_ATTEMPTS - 1 or error.errno == errno.ENOENT:
                     raise ReadFailed(
@@ -122,6 +128,14 @@ class Reader:
                     ) from None
                 time.sleep(0.1 * 4**attempt)
         raise AssertionError("unreachable")
+
+
+def _read_fully(descriptor: int, size: int, offset: int) -> bytes:
+    """Reads until `size` bytes are there or the file ends; network file systems may give less at a time."""
+    content = os.pread(descriptor, size, offset)
+    while len(content) < size and (more := os.pread(descriptor, size - len(content), offset + len(content))):
+        content += more
+    return content
 
 
 class _Shard:

@@ -165,4 +165,4 @@ def _inspect(jpeg: memoryview) -> tuple[int, int, str | None]:
 
 
 def _class_id(text: bytes) -> int | None:
-    return int(text) if text.strip().isdigit() else None
+    return number if text.strip().isdigit() and (number := int(text)) < 2**31 else None

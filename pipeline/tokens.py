@@ -48,6 +48,8 @@ def token_geometry(
     """
     if tokens < 1:
         raise ValueError(f"--tokens {tokens} is below 1; the smallest is --tokens 1")
+    if tokens > np.iinfo(np.int16).max:
+        raise ValueError(f"--tokens {tokens} exceeds the {np.iinfo(np.int16).max} that a position can count; lower it")
     side = math.isqrt(tokens)
     if side * side != tokens:
         below, above = side * side, (side + 1) ** 2

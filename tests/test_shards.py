@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.ingest.shards import Sample, Shard, only_writer, split_shards, write_shard, write_shards, write_text
+from pipeline.files import only_writer, write_text
+from pipeline.ingest.shards import Sample, Shard, split_shards, write_shard, write_shards
 
 words = st.text(st.characters(codec="utf-8"), max_size=40)
 samples = st.builds(

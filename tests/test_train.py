@@ -131,7 +131,10 @@ def test_a_damaged_checkpoint_is_passed_over(finished: Path, shards: Path, tmp_p
     path.write_bytes(content)
     (run / "checkpoints" / "step-00000009.partial").mkdir()
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *arguments(shards, run, 8)], capture_output=True, text=True, timeout=120
+        [sys.executable, str(ROOT / "train.py"), *arguments(shards, run, 8)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0
     assert "passed over a damaged checkpoint" in done.stderr
@@ -236,7 +239,7 @@ def test_changed_shards_are_refused(shards: Path, tmp_path: Path, capsys: pytest
 
 def test_presets_are_flags_that_stand_first(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     preset = tmp_path / "p.toml"
-    preset.write_text('seed = 9\nlr = 0.002\ncrop_area = [0.5, 0.9]\nledger = true\n')
+    preset.write_text("seed = 9\nlr = 0.002\ncrop_area = [0.5, 0.9]\nledger = true\n")
     run = tmp_path / "run"
     assert train.main([*arguments(shards, run, 1), "--preset", str(preset), "--lr", "0.003"]) == 0
     config = json.loads((run / "config.json").read_text())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 FOLDER = "checkpoints"
@@ -66,17 +67,29 @@ def save(
             shutil.rmtree(final)
         partial.rename(final)
         _flush(folder)
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{partial} cannot be written ({error}); the older checkpoints are untouched") from None
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in list_steps(run)[:-keep]:
-        shutil.rmtree(old)
+    steps = list_steps(run)
+    older = [path for path in steps if path.name <= final.name]
+    # One that is newer than this step was passed over as damaged when the run was resumed.
+    for path in (*older[:-keep], *steps[len(older) :]):
+        shutil.rmtree(path)
     return final
 
 
 def list_steps(run: Path) -> list[Path]:
     """Returns the checkpoint folders of a run, oldest first, whole or not."""
     return sorted(path for path in (run / FOLDER).glob("step-*") if path.name[5:].isdigit())
+
+
+def name_of_newest(run: Path) -> str:
+    """Returns a phrase that tells a person where the newest checkpoint is."""
+    steps = list_steps(run)
+    return f"checkpoint {steps[-1]}" if steps else "no checkpoint was written"
 
 
 def newest(run: Path) -> tuple[Checkpoint | None, list[str]]:

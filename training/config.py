@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from model.presets import model_config
+from pipeline.order import default_lanes
 from pipeline.tokens import CropRange, Geometry, token_geometry
 
 STARTER = "data/emoji/train"
@@ -22,7 +23,7 @@ STARTER = "data/emoji/train"
 
 MAY_DIFFER = frozenset(
     {"data", "out", "preset", "resume", "steps", "samples", "threads", "prefetch", "decoder", "device"}
-    | {"log_every", "checkpoint_every", "keep_checkpoints", "ledger", "eval_data", "eval_every"}
+    | {"log_every", "checkpoint_every", "keep_checkpoints", "ledger", "eval_data", "eval_every", "max_bad_fraction"}
 )
 """What may be another when a run is resumed. The data itself is held to the index's digest, not to its path."""
 
@@ -47,6 +48,8 @@ class Config:
     """Side of the square image, in pixels; follows from --tokens."""
     text_tokens: int = 16
     """Text tokens per caption, special tokens counted."""
+    captions: Literal["any", "first"] = "any"
+    """Where a sample has several captions: one of them drawn each epoch, or always the first (KEY.txt)."""
     text_reduction: Literal["truncate"] = "truncate"
     """How text tokens are thrown away."""
     crop_area: tuple[float, float] = (0.4, 1.0)
@@ -93,6 +96,8 @@ class Config:
     """A shard set with classes: zero-shot accuracy is measured on it during training."""
     eval_every: int = 0
     """Steps between such measurements; 0: never."""
+    max_bad_fraction: float = 0.01
+    """A larger share of bad samples, over the last 10,000, stops the run."""
     ledger: bool = False
     """Also write every step's sample ids, to ledger.jsonl."""
     resume: Literal["auto", "never"] = "auto"
@@ -127,11 +132,14 @@ class Config:
             raise ValueError(f"{given}; give one of them: how long to train")
         least = {
             "batch_size": 2, "threads": 1, "prefetch": 0, "log_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1,
-            "eval_every": 0, "warmup_samples": 0, "seed": 0, "text_tokens": 2,
+            "eval_every": 0, "warmup_samples": 0, "seed": 0, "text_tokens": 2, "lanes": 1,
         }  # fmt: skip
         for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{flag(name)} {getattr(self, name)} is below {low}; give at least {low}")
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{flag(name)} {value} is below {low}; give at least {low}")
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed {self.seed} is not below 2**63; give a smaller one")
         if self.total_steps < 1:
             length = f"--steps {self.steps}" if self.steps is not None else f"--samples {self.samples}"
             raise ValueError(
@@ -139,10 +147,15 @@ class Config:
             )
         if not 0 < self.lr < 1:
             raise ValueError(f"--lr {self.lr} is outside 0 to 1; 1e-3 is usual")
-        if self.eval_every and not self.eval_data:
-            raise ValueError(f"--eval-every {self.eval_every} needs --eval-data: a shard set with classes")
-        if self.device == "cpu" and self.precision == "bf16":
-            raise ValueError("--precision bf16 is for CUDA: most CPUs are slower with it; use --precision fp32")
+        if self.warmup_samples >= self.total_steps * self.batch_size:
+            raise ValueError(
+                f"--warmup-samples {self.warmup_samples} is not below the run's {self.total_steps * self.batch_size} "
+                "pairs, so its peak rate would never come; lower it or train longer"
+            )
+        if bool(self.eval_every) != bool(self.eval_data):
+            raise ValueError("--eval-data and --eval-every go together: which shard set with classes, and how often")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"--max-bad-fraction {self.max_bad_fraction} is outside 0 to 1")
 
 
 def flag(name: str) -> str:
@@ -191,6 +204,33 @@ def _preset_flags(path: Path) -> list[str]:
         else:
             arguments += [flag(name), str(value)]
     return arguments
+
+
+def resolved(config: Config, *, cuda: bool) -> Config:
+    """Returns the config with every value that follows from others filled in: nothing is None or `auto`.
+
+    cuda: whether this machine has a CUDA device. Raises ValueError where the values ask for what is not there.
+    """
+    if config.device == "cuda" and not cuda:
+        raise ValueError("--device cuda: no CUDA device is here, or this torch has none built in; use --device cpu")
+    on_cuda = cuda and config.device != "cpu"
+    if config.precision == "bf16" and not on_cuda:
+        raise ValueError("--precision bf16 is for CUDA: most CPUs are slower with it; use --precision fp32")
+    automatic = {
+        "device": "cuda" if on_cuda else "cpu",
+        "precision": "bf16" if on_cuda else "fp32",
+        "decoder": "dali" if on_cuda else "turbo",
+        "attention": "sdpa",
+    }
+    return dataclasses.replace(
+        config,
+        out=config.run_folder,
+        image_size=config.geometry.image_size,
+        lanes=config.lanes or default_lanes(config.batch_size),
+        steps=config.total_steps,
+        samples=config.total_steps * config.batch_size,
+        **{name: value for name, value in automatic.items() if getattr(config, name) == "auto"},
+    )
 
 
 def record(config: Config) -> dict[str, Any]:

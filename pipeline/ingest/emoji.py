@@ -17,11 +17,12 @@ import numpy as np
 import simplejpeg
 from tqdm import tqdm
 
+from ..files import only_writer, write_text
 from .art import Picture, check_renderer, collect
 from .npm import cache_dir, fetch_all
 from .recipe import EmojiRecipe, differences, record
 from .scenes import Placed, Scene, paint, plan_portrait, plan_scene, plan_single
-from .shards import Sample, Shard, only_writer, split_shards, write_shards, write_text
+from .shards import Sample, Shard, split_shards, write_shards
 
 DRAWING = 2
 """Raise it when the same recipe draws other pictures or captions: folders of another number are not continued."""

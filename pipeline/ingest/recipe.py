@@ -76,7 +76,7 @@ class EmojiRecipe:
     """At most 10,000: a key is the shard in five digits and the row in four."""
     singles_per_picture: int = 1
     """Training samples that show one picture alone, for each picture of each training style."""
-    train_scenes: int = 3000
+    train_scenes: int = 1000
     """Training samples that place one to four pictures on a background."""
     retrieval_scenes: int = 500
     """Scenes in the held-out style; their captions are all different."""

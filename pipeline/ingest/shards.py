@@ -4,7 +4,6 @@ A shard is complete when its parquet exists: the tar is written under another na
 follows. So work that was killed is redone by the shard, and the bytes depend on nothing but the samples.
 """
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -12,17 +11,18 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from ..files import replacing
 
 Plan = TypeVar("Plan")
 
@@ -135,35 +135,14 @@ def write_shard(shard: Shard[Any]) -> None:
 
     rows: list[dict[str, Any]] = []
     writer = partial(TarWriter, user="shortclip", group="shortclip", mode=0o644, mtime=0, encoder=False)
-    with _replacing(shard.tar) as file, writer(file) as tar:
+    with replacing(shard.tar) as file, writer(file) as tar:
         for row, plan in enumerate(shard.plans):
             sample = shard.draw(plan)
             key = f"{shard.shard_id:05d}{row:04d}"
             rows.append(_columns(key, sample))
             tar.write({"__key__": key, **_members(rows[-1], sample)})
-    with _replacing(shard.parquet) as file:
+    with replacing(shard.parquet) as file:
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), file)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole text file, or nothing."""
-    with _replacing(path) as file:
-        file.write(text.encode())
-
-
-@contextmanager
-def only_writer(folder: Path) -> Generator[None]:
-    """Holds `folder` for this process; the kernel lets go when it ends, however it ends.
-
-    Raises ValueError when another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is writing to {folder}; wait for it or choose another --out") from None
-        yield
 
 
 def _columns(key: str, sample: Sample) -> dict[str, Any]:
@@ -196,21 +175,6 @@ def _members(columns: Mapping[str, Any], sample: Sample) -> dict[str, bytes]:
     if sample.class_id is not None:
         members["cls"] = str(sample.class_id).encode()
     return members
-
-
-@contextmanager
-def _replacing(path: Path) -> Generator[BinaryIO]:
-    """Opens a file that takes the name `path` only when it is whole and on disk."""
-    # The process id keeps a dying worker of a killed run from writing into this run's file.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _start_worker() -> None:
