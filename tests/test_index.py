@@ -138,8 +138,10 @@ def test_long_captions_are_cut_before_they_are_read(tmp_path: Path, coloured: Ma
         (lambda folder: folder.mkdir(), "no .tar shards"),
         (lambda folder: write_tar(folder / "train" / "0.tar", [{"__key__": "a", "txt": b"x"}]), r"its folder .*train"),
         (
-            lambda folder: write_tar(folder / "0.tar", [{"__key__": "a", "jpg": b"x"}]),
-            "none of the samples .* no caption|not a JPEG",
+            lambda folder: write_tar(
+                folder / "0.tar", [{"__key__": "a", "jpg": encode(np.zeros((9, 9, 3), np.uint8))}]
+            ),
+            "none of the samples .*: no caption$",
         ),
     ],
 )

@@ -141,6 +141,29 @@ def test_a_damaged_image_costs_its_slot_and_is_named(tmp_path: Path, shards: Pat
     assert hurt.known_bad == {90: "JPEG cannot be decoded"}
 
 
+def test_evicting_an_open_shard_never_gives_another_shards_bytes(shards: Path) -> None:
+    import sys
+    from concurrent.futures import ThreadPoolExecutor
+
+    from pipeline.read import Reader
+
+    index = open_index([shards])
+    reader = Reader(index, max_open=1)
+    ids = np.random.default_rng(0).permutation(index.usable_ids())
+    expected = dict(zip(ids.tolist(), reader.images(reader.locate_ids(ids)), strict=True))
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            parts = [np.roll(ids, 50 * turn) for turn in range(60)]
+            for part, found in zip(
+                parts, pool.map(lambda part: reader.images(reader.locate_ids(part)), parts), strict=True
+            ):
+                assert all(expected[sample] == jpeg for sample, jpeg in zip(part.tolist(), found, strict=True))
+    finally:
+        sys.setswitchinterval(before)
+
+
 def test_a_shard_that_shrank_costs_its_tail_and_one_that_went_away_stops_the_run(tmp_path: Path, shards: Path) -> None:
     folder = tmp_path / "data"
     shutil.copytree(shards, folder)

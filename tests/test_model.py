@@ -320,18 +320,19 @@ def test_flops_are_what_torch_counts():
 
 def test_initialisation_is_the_dialects():
     torch.manual_seed(0)
-    model = CLIP(model_config("ViT-Ti-16"), grid=(4, 4), text_tokens=8)
+    config = model_config("ViT-Ti-16")
+    model = CLIP(config, grid=(4, 4), text_tokens=8)
     image, text = model.image, model.text
-    block, width = image.blocks[0], 192
+    block, width = image.blocks[0], config.image.width
     assert not image.class_token_D.any()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert not parameter.any(), name
     for weight in block.attention.qkv.weight.chunk(3):  # each of query, key and value has a fan-out of its own
         assert weight.abs().max().item() == pytest.approx(math.sqrt(6 / (2 * width)), rel=1e-3)
-    text_width, depth = 128, 4
+    text_width, depth = config.text.width, config.text.layers
     expected = {
-        block.mlp_in.weight: math.sqrt(2 / (width + 768)),
+        block.mlp_in.weight: math.sqrt(2 / (width + config.image.mlp_width)),
         image.patch_embedding.weight: 768**-0.5,
         image.projection.weight: width**-0.5,
         text.token_embedding.weight: 0.02,
@@ -365,7 +366,7 @@ def test_config_survives_json(name):
         (lambda values: values["text"].pop("width"), r"lacks the field text\.width"),
         (lambda values: values.pop("image"), r"lacks the field image\.heads"),
         (lambda values: values["image"].update(pooling="max"), r"image pooling 'max'.*patch_mean, class"),
-        (lambda values: values["image"].update(heads=5), r"image width 192 is no multiple of its 5 heads"),
+        (lambda values: values["image"].update(heads=5), r"image width 128 is no multiple of its 5 heads"),
         (lambda values: values["text"].update(layers=0), r"text layers 0 is below 1"),
     ],
 )

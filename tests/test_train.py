@@ -19,7 +19,7 @@ from training import checkpoint
 from training.metrics import read_jsonl
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--model", "ViT-Ti-16", "--tokens", "4", "--text-tokens", "6", "--batch-size", "32", "--warmup-samples", "64",
+SMALL = ["--model", "ViT-Ti-16", "--tokens", "4", "--text-tokens", "6", "--batch-size", "32", "--warmup-samples", "16",
          "--device", "cpu", "--log-every", "2", "--checkpoint-every", "3"]  # fmt: skip
 
 
@@ -83,11 +83,10 @@ def test_kill_9_and_the_same_command_equals_no_interruption(finished: Path, shar
         deadline = time.monotonic() + 120
         while not (run / "checkpoints" / f"step-{wanted:08d}").exists():
             assert time.monotonic() < deadline, "no checkpoint came"
-            if process.poll() is not None:
-                break
-            time.sleep(0.01)
+            assert process.poll() is None, "it finished before it could be killed"
+            time.sleep(0.001)
         process.kill()
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     assert same_weights(run, finished)
     assert ledger(run) == ledger(finished)
@@ -116,7 +115,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(finished: Path, shards: Path, 
                 break
         rest = process.stdout.read()
         assert process.wait(timeout=60) == train.INTERRUPTED, rest
-    assert "checkpoint saved" in rest
+    assert "the same command goes on from checkpoint" in rest
     assert "Traceback" not in rest
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     assert same_weights(run, finished)
@@ -149,6 +148,57 @@ def test_resume_never_starts_anew(finished: Path, shards: Path, tmp_path: Path) 
     assert train.main(arguments(shards, run, 3, "--seed", "5")) == 0
     assert train.main(arguments(shards, run, 8, "--resume", "never")) == 0
     assert same_weights(run, finished)
+
+
+def test_resume_never_deletes_nothing_before_all_is_checked(finished: Path, shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for more in (("--data", "/nowhere"), ("--batch-size", "300"), ("--eval-data", str(shards), "--eval-every", "2")):
+        assert train.main([*arguments(shards, run, 8, "--resume", "never"), *more]) == 2
+        assert same_weights(run, finished)
+
+
+def test_what_follows_from_other_values_may_be_given(finished: Path, shards: Path) -> None:
+    more = ("--image-size", "32", "--lanes", "32", "--precision", "fp32", "--decoder", "dali")
+    assert train.main([*arguments(shards, finished, 8), *more]) == 0
+
+
+def test_too_many_bad_samples_stop_the_run(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from test_loader import damage
+
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(shards, data)
+    for number in range(90, 100):
+        damage(data, "00003.tar", f"{number:09d}")
+    assert train.main(arguments(data, run, 80, "--checkpoint-every", "10")) == 2
+    assert "over --max-bad-fraction 0.01" in (error := capsys.readouterr().err)
+    assert "00003.tar: mend or remove it" in error
+    assert train.main(arguments(data, run, 80, "--max-bad-fraction", "0.1")) == 0
+    assert len(read_jsonl(run / "rejected.jsonl")) == 10
+
+
+def test_a_full_disk_keeps_the_older_checkpoint(finished: Path, shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    limit = (finished / "checkpoints" / "step-00000008" / "model.safetensors").stat().st_size // 2
+    script = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); " \
+             "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
+             "import train; sys.exit(train.main(sys.argv[1:]))"  # fmt: skip
+    command = [sys.executable, "-c", script, *arguments(shards, run, 12)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert same_weights(run, finished)
+
+
+def test_keeping_one_checkpoint_survives_a_damaged_newer_one(finished: Path, shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "checkpoints" / "step-00000008" / "state.json").write_text("{")
+    assert train.main(arguments(shards, run, 7, "--keep-checkpoints", "1")) == 0
+    assert [path.name for path in checkpoint.list_steps(run)] == ["step-00000007"]
+    assert checkpoint.newest(run)[0] is not None
 
 
 def test_zero_shot_during_training_and_in_validation_agree(
@@ -197,7 +247,7 @@ def test_zero_shot_during_training_and_in_validation_agree(
         (("--text-tokens", "1"), "--text-tokens 1 is below 2"),
         (("--lr", "7"), "--lr 7"),
         (("--crop-area", "0.9", "0.4"), "crop area 0.9 0.4"),
-        (("--eval-every", "5"), "--eval-every 5 needs --eval-data"),
+        (("--eval-every", "5"), "--eval-data and --eval-every go together"),
         (("--data", "/nowhere"), "--data /nowhere: no such folder"),
         (("--preset", "nowhere.toml"), "--preset nowhere.toml: no such file"),
         (("--attention", "flash"), "flash"),
@@ -268,6 +318,8 @@ def test_a_damaged_image_is_skipped_and_named_once(shards: Path, tmp_path: Path)
     data, run = tmp_path / "data", tmp_path / "run"
     shutil.copytree(shards, data)
     damage(data, "00003.tar", "000000090")
+    # Twice: the loader has met the sample before the checkpoint that the second run goes on from.
+    assert train.main(arguments(data, run, 1)) == 0
     assert train.main(arguments(data, run, 14, "--checkpoint-every", "4")) == 0
     rejected = read_jsonl(run / "rejected.jsonl")
     assert [(entry["key"], entry["reason"]) for entry in rejected] == [("000000090", "JPEG cannot be decoded")]
