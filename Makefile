@@ -17,7 +17,8 @@ RUN := .venv/bin/python
 
 demo: .venv/.installed
 	$(RUN) ingest.py datasets/emoji.toml --out data/emoji
-	$(RUN) train.py --preset training/presets/demo.toml
+	@# Waiting OpenMP threads that spin would take a core from the thread that makes batches.
+	OMP_WAIT_POLICY=passive $(RUN) train.py --preset training/presets/demo.toml
 	$(RUN) validate.py runs/demo --data data/emoji/zero_shot --baseline data/emoji/train \
 		--report runs/demo/report.png
 	$(RUN) validate.py runs/demo --data data/emoji/retrieval
