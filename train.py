@@ -68,6 +68,7 @@ def train(config: Config) -> int:
     make_starter(config)
     index = open_index([Path(folder) for folder in config.data])
     assert config.lanes is not None
+    assert config.warmup_samples is not None
     assert config.decoder != "auto"
     order = Order(index.shard_sizes, batch_size=config.batch_size, seed=config.seed, lanes=config.lanes)
     geometry = config.geometry

@@ -163,6 +163,13 @@ def test_what_follows_from_other_values_may_be_given(finished: Path, shards: Pat
     assert train.main([*arguments(shards, finished, 8), *more]) == 0
 
 
+def test_a_short_run_needs_no_warm_up_of_its_own(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = ["--data", str(shards), "--out", str(run), "--model", "ViT-Ti-16", "--tokens", "4", "--batch-size", "32"]
+    assert train.main([*command, "--steps", "10", "--device", "cpu"]) == 0
+    assert json.loads((run / "config.json").read_text())["warmup_samples"] == 32
+
+
 def test_too_many_bad_samples_stop_the_run(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from test_loader import damage
 

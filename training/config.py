@@ -66,8 +66,9 @@ class Config:
     """Length of the run in image-text pairs."""
     lr: float = 1e-3
     """Peak learning rate."""
-    warmup_samples: int = 50_000
-    """Pairs over which the learning rate rises from 0; then it follows a cosine to 0."""
+    warmup_samples: int | None = None
+    """Pairs over which the learning rate rises from 0; then it follows a cosine to 0. By default 50,000, or a tenth of
+    a shorter run."""
     weight_decay: float = 0.2
     """On weight matrices of linear layers."""
     beta2: float = 0.95
@@ -147,7 +148,7 @@ class Config:
             )
         if not 0 < self.lr < 1:
             raise ValueError(f"--lr {self.lr} is outside 0 to 1; 1e-3 is usual")
-        if self.warmup_samples >= self.total_steps * self.batch_size:
+        if self.warmup_samples is not None and self.warmup_samples >= self.total_steps * self.batch_size:
             raise ValueError(
                 f"--warmup-samples {self.warmup_samples} is not below the run's {self.total_steps * self.batch_size} "
                 "pairs, so its peak rate would never come; lower it or train longer"
@@ -216,6 +217,7 @@ def resolved(config: Config, *, cuda: bool) -> Config:
     on_cuda = cuda and config.device != "cpu"
     if config.precision == "bf16" and not on_cuda:
         raise ValueError("--precision bf16 is for CUDA: most CPUs are slower with it; use --precision fp32")
+    samples = config.total_steps * config.batch_size
     automatic = {
         "device": "cuda" if on_cuda else "cpu",
         "precision": "bf16" if on_cuda else "fp32",
@@ -228,7 +230,8 @@ def resolved(config: Config, *, cuda: bool) -> Config:
         image_size=config.geometry.image_size,
         lanes=config.lanes or default_lanes(config.batch_size),
         steps=config.total_steps,
-        samples=config.total_steps * config.batch_size,
+        samples=samples,
+        warmup_samples=min(50_000, samples // 10) if config.warmup_samples is None else config.warmup_samples,
         **{name: value for name, value in automatic.items() if getattr(config, name) == "auto"},
     )
 
