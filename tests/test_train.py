@@ -302,6 +302,9 @@ def test_presets_are_flags_that_stand_first(shards: Path, tmp_path: Path, capsys
     config = json.loads((run / "config.json").read_text())
     assert (config["seed"], config["lr"], config["crop_area"], config["ledger"]) == (9, 0.003, [0.5, 0.9], True)
     assert len(read_jsonl(run / "ledger.jsonl")[0]["sample_ids"]) == 32
+    preset.write_text("samples = 320\nseed = 9\n")
+    assert train.main([*arguments(shards, tmp_path / "other", 1), "--preset", str(preset)]) == 0
+    assert json.loads((tmp_path / "other" / "config.json").read_text())["steps"] == 1
     preset.write_text("sead = 9\n")
     assert train.main([*arguments(shards, run, 1), "--preset", str(preset)]) == 2
     assert 'unknown key "sead"; did you mean "seed"?' in capsys.readouterr().err

@@ -180,10 +180,13 @@ def _with_preset(arguments: Sequence[str]) -> list[str]:
             path = arguments[i + 1]
         elif argument.startswith("--preset="):
             path = argument.partition("=")[2]
-    return [*(_preset_flags(Path(path)) if path else []), *arguments]
+    given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    # The length is one value with two names: giving it by either replaces the preset's.
+    replaced = {"steps", "samples"} if given & {"--steps", "--samples"} else set[str]()
+    return [*(_preset_flags(Path(path), replaced) if path else []), *arguments]
 
 
-def _preset_flags(path: Path) -> list[str]:
+def _preset_flags(path: Path, replaced: set[str]) -> list[str]:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -198,6 +201,8 @@ def _preset_flags(path: Path) -> list[str]:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             advice = f'did you mean "{near[0]}"?' if near else "`python train.py --help` lists the keys"
             raise ValueError(f'--preset {path}: unknown key "{key}"; {advice}')
+        if name in replaced:
+            continue
         if isinstance(value, bool):
             arguments.append(flag(name) if value else "--no-" + flag(name)[2:])
         elif isinstance(value, list):
