@@ -23,12 +23,11 @@ from evaluation.retrieval import recall
 from evaluation.zero_shot import best_names, class_weights, nearest_neighbour_baseline, top_k
 from model.clip import CLIP
 from model.presets import from_json
-from pipeline.index import Index, open_index
-from pipeline.loader import Loader, Settings
+from pipeline.index import open_index
+from pipeline.loader import EVALUATION_BATCH_SIZE, Loader, Settings
 from pipeline.tokens import token_geometry
 from training import checkpoint
-
-BATCH_SIZE = 256
+from training.config import resolved_device
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class ShardSet:
         self.sample_ids = index.usable_ids()
         self.names: list[str] = []
         self.templates: list[str] = []
-        self.labels = _class_ids(index, self.sample_ids)
+        self.labels = index.usable_class_ids()
         if (folder / CLASS_NAMES_FILE).is_file():
             self.names, self.templates = read_classes(folder)
             if not -1 < self.labels.max() < len(self.names):
@@ -89,7 +88,7 @@ class ShardSet:
         ids = torch.from_numpy(self.loader.tokenizer.encode(captions))
         device = model.logit_scale.device
         with evaluating(model):
-            return torch.cat([model.encode_text(part.to(device)).cpu() for part in ids.split(BATCH_SIZE)])
+            return torch.cat([model.encode_text(part.to(device)).cpu() for part in ids.split(EVALUATION_BATCH_SIZE)])
 
     def class_features(self, model: CLIP) -> torch.Tensor:
         """Returns the classes' vectors, float32 [C, E], from the prompts that the folder gives."""
@@ -193,17 +192,15 @@ def load_run(run: Path, config: Validate) -> tuple[CLIP, Settings, int]:
         print(f"passed over a damaged checkpoint: {phrase}", file=sys.stderr)
     if last is None:
         raise ValueError(f"{run} has no whole checkpoint yet; let train.py reach its first one")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA device is here; use --device cpu")
+    device = resolved_device(config.device, cuda=torch.cuda.is_available())
     encoders = from_json(recorded["encoders"])
     geometry = token_geometry(
         recorded["tokens"], image_reduction=recorded["image_reduction"], patch=encoders.image.patch
     )
     model = CLIP(encoders, grid=geometry.grid, text_tokens=recorded["text_tokens"])
     model.load_state_dict(last.model_tensors())
-    cuda = config.device != "cpu" and torch.cuda.is_available()
     settings = Settings(geometry, recorded["text_tokens"], config.decoder)
-    return model.to("cuda" if cuda else "cpu"), settings, last.state["step"]
+    return model.to(device), settings, last.state["step"]
 
 
 def pixel_baseline(shards: ShardSet, train_folder: Path, settings: Settings) -> float:
@@ -259,11 +256,6 @@ def _zero_shot(
     able = valid & (shards.labels >= 0)
     found = top_k(images[torch.from_numpy(able)], classes, shards.labels[able])
     return {**found, "num_classes": len(shards.names), "chance": 1 / len(shards.names)}
-
-
-def _class_ids(index: Index, sample_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    located = [index.locate(int(sample)) for sample in sample_ids]
-    return np.array([index.rows(shard).class_id[row] for shard, row in located], np.int64)
 
 
 def _picture(jpeg: bytes) -> npt.NDArray[np.uint8]:

@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from evaluation.report import format_table
-from pipeline.index import open_index
+from pipeline.index import Index, open_index
 from pipeline.loader import STAGES, DecoderName, Loader, Settings
 from pipeline.order import Order, default_lanes
 from pipeline.tokens import token_geometry
@@ -92,7 +92,7 @@ def measure(config: Benchmark) -> list[Row]:
     image_bytes = sum(float(index.rows(shard).image_bytes.sum()) for shard in range(len(index.shards)))
     mean_bytes = image_bytes / index.num_samples
     names: tuple[DecoderName, ...] = ("turbo", "dali") if config.decoder == "both" else (config.decoder,)
-    loaders = {name: _loader(config, name) for name in names}
+    loaders = {name: _loader(config, index, name) for name in names}
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for loader in loaders.values():
         list(loader.batches(0, 1 + config.threads, threads=config.threads))  # warm-up: files, decoders, tables
@@ -103,8 +103,7 @@ def measure(config: Benchmark) -> list[Row]:
     return [_row(config, name, rounds[name], mean_bytes, gil_us[name]) for name in names]
 
 
-def _loader(config: Benchmark, decoder: DecoderName) -> Loader:
-    index = open_index(config.data)
+def _loader(config: Benchmark, index: Index, decoder: DecoderName) -> Loader:
     lanes = default_lanes(config.batch_size)
     order = Order(index.shard_sizes, batch_size=config.batch_size, seed=0, lanes=lanes)
     return Loader(index, order, Settings(token_geometry(config.tokens), config.text_tokens, decoder))
@@ -113,13 +112,18 @@ def _loader(config: Benchmark, decoder: DecoderName) -> Loader:
 def _round(config: Benchmark, loader: Loader, first_step: int) -> dict[str, float]:
     for stage in STAGES:
         loader.stage_seconds[stage] = 0.0
+    images, cpu, wall = _run(config, loader, first_step)
+    stages = {stage: seconds / images * 1e6 for stage, seconds in loader.stage_seconds.items()}
+    return {"per_cpu_s": images / cpu, "per_s": images / wall, **stages}
+
+
+def _run(config: Benchmark, loader: Loader, first_step: int) -> tuple[int, float, float]:
+    """Returns the images of a round, and the seconds of CPU and wall time that they took."""
     images = 0
     cpu, wall = time.process_time(), time.perf_counter()
     for batch in loader.batches(first_step, first_step + config.batches, threads=config.threads):
         images += len(batch.valid)
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    stages = {stage: seconds / images * 1e6 for stage, seconds in loader.stage_seconds.items()}
-    return {"per_cpu_s": images / cpu, "per_s": images / wall, **stages}
+    return images, time.process_time() - cpu, time.perf_counter() - wall
 
 
 def _gil_us(config: Benchmark, loader: Loader, first_step: int) -> float | None:
@@ -128,10 +132,7 @@ def _gil_us(config: Benchmark, loader: Loader, first_step: int) -> float | None:
     if knocker is None:
         return None
     knocker.start()
-    wall, images = time.perf_counter(), 0
-    for batch in loader.batches(first_step, first_step + config.batches, threads=config.threads):
-        images += len(batch.valid)
-    wall = time.perf_counter() - wall
+    images, _, wall = _run(config, loader, first_step)
     knocker.stop()
     return knocker.contention_metric * wall / images * 1e6
 

@@ -4,12 +4,11 @@ It is kept as `_index.parquet` beside the shards (in a cache folder where those 
 Captions stay in the shards. An open index costs about 1 KB a shard plus the rows of the shards in use.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from .files import replacing
 from .scan import SCHEMA, ShardInfo, index_shard
 
 INDEX_NAME = "_index.parquet"
@@ -55,7 +55,10 @@ class Index:
         """parquet_of: for each shard, the index file and the row group that holds its rows."""
         self.shards = tuple(shards)
         self._parquet_of = tuple(parquet_of)
-        self._written = {path: _stat(path) for path, _ in parquet_of}
+        paths = {path for path, _ in parquet_of}
+        self._written = {path: _stat(path) for path in paths}
+        # A footer describes every shard of its set: read once, not with each shard's rows.
+        self._footers = {path: pq.read_metadata(path) for path in paths}
         self.shard_sizes: IntArray = np.array([shard.usable for shard in shards], np.int64)
         self.first_ids: IntArray = np.concatenate([[0], np.cumsum([shard.samples for shard in shards])]).astype(
             np.int64
@@ -87,13 +90,18 @@ class Index:
         """Returns the ids of all usable samples in order, int64 [num_usable]; for evaluation sets."""
         return np.concatenate([self.first_ids[i] + self.rows(i).usable for i in range(len(self.shards))])
 
+    def usable_class_ids(self) -> IntArray:
+        """Returns the class of each of `usable_ids`, int64 [num_usable]; -1 where a sample has none."""
+        shards = map(self.rows, range(len(self.shards)))
+        return np.concatenate([rows.class_id[rows.usable] for rows in shards]).astype(np.int64)
+
     def _read_rows(self, shard: int) -> ShardRows:
         path, group = self._parquet_of[shard]
         if _stat(path) != self._written[path]:
             raise ValueError(
                 f"{path} was built anew while it was in use: the shards changed; run the same command again"
             )
-        table = pq.ParquetFile(path).read_row_group(group)
+        table = pq.ParquetFile(path, metadata=self._footers[path]).read_row_group(group)
         captions = table["caption_offset"].combine_chunks()
         usable = np.flatnonzero(table["reason"].is_null().to_numpy())
         return ShardRows(
@@ -175,35 +183,29 @@ def _load(path: Path, folder: Path) -> list[ShardInfo] | None:
 
 def _build(folder: Path, paths: Sequence[Path], progress: bool) -> tuple[list[ShardInfo], Path]:
     infos: list[ShardInfo] = []
-    with _scratch(folder) as (scratch, home):
-        # Parquet's metadata is written last, so the shards' own records can travel in the same file.
-        with pq.ParquetWriter(scratch, SCHEMA) as writer:
-            for path in tqdm(paths, desc=f"indexing {folder}", unit=" shards", disable=not progress or None):
-                table, info = index_shard(path)
-                # A shard without rows still gets its row group: groups are counted by shard.
-                writer.write_table(table, row_group_size=max(len(table), 1))
-                infos.append(info)
-            records = json.dumps([{**asdict(info), "path": Path(info.path).name} for info in infos])
-            writer.add_key_value_metadata({"shortclip.version": str(VERSION), "shortclip.shards": records})
-        os.replace(scratch, home)
+    home = _home(folder)
+    # Parquet's metadata is written last, so the shards' own records can travel in the same file.
+    with replacing(home) as file, pq.ParquetWriter(file, SCHEMA) as writer:
+        for path in tqdm(paths, desc=f"indexing {folder}", unit=" shards", disable=not progress or None):
+            table, info = index_shard(path)
+            # A shard without rows still gets its row group: groups are counted by shard.
+            writer.write_table(table, row_group_size=max(len(table), 1))
+            infos.append(info)
+        records = json.dumps([{**asdict(info), "path": Path(info.path).name} for info in infos])
+        writer.add_key_value_metadata({"shortclip.version": str(VERSION), "shortclip.shards": records})
     for info in infos:
         if info.problem:
             tqdm.write(f"{info.path}: {info.problem}; {info.usable:,} samples before that are used")
     return infos, home
 
 
-@contextlib.contextmanager
-def _scratch(folder: Path) -> Generator[tuple[Path, Path]]:
-    """A temporary file and the name it is to take: beside the shards, else in the cache."""
-    home = folder / INDEX_NAME
-    if not os.access(folder, os.W_OK):
-        home = _cache_path(folder)
-        home.parent.mkdir(parents=True, exist_ok=True)
-    scratch = home.with_name(f"{home.name}.{os.getpid()}.partial")
-    try:
-        yield scratch, home
-    finally:
-        scratch.unlink(missing_ok=True)
+def _home(folder: Path) -> Path:
+    """Where a folder's index is kept: beside the shards, else in the cache."""
+    if os.access(folder, os.W_OK):
+        return folder / INDEX_NAME
+    path = _cache_path(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _cache_path(folder: Path) -> Path:

@@ -7,7 +7,7 @@ the step plus the samples found bad on the way (kept only so that a bad image is
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -155,10 +155,10 @@ class Loader:
 class _StageClock:
     """Adds a thread's CPU time to a stage. Threads may lose an addition to each other: a report, not a count."""
 
-    def __init__(self, seconds: dict[str, float], clock: Callable[[], float] = time.thread_time) -> None:
-        self._seconds, self._clock, self._last = seconds, clock, clock()
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds, self._last = seconds, time.thread_time()
 
     def lap(self, stage: str) -> None:
-        now = self._clock()
+        now = time.thread_time()
         self._seconds[stage] += now - self._last
         self._last = now

@@ -69,12 +69,12 @@ def index_shard(path: Path) -> tuple[Any, ShardInfo]:
     with path.open("rb") as file:
         # An empty file cannot be mapped.
         view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if status.st_size else b""
-        groups: dict[str, list[tar.Member]] = {}
+        groups: dict[str, list[tuple[str, tar.Member]]] = {}
         try:
             for member in tar.members(view):
                 key, extension = _split(member.name)
                 if extension:
-                    groups.setdefault(key, []).append(member)
+                    groups.setdefault(key, []).append((extension, member))
         except tar.Damaged as damage:
             problem = str(damage)
         rows = [_row(key, group, view) for key, group in groups.items()]
@@ -102,11 +102,10 @@ _IMAGES = ("jpg", "jpeg")
 _OTHER_IMAGES = ("png", "webp", "gif", "bmp", "avif", "tif", "tiff")
 
 
-def _row(key: str, group: Sequence[tar.Member], view: mmap.mmap | bytes) -> dict[str, Any]:
+def _row(key: str, group: Sequence[tuple[str, tar.Member]], view: mmap.mmap | bytes) -> dict[str, Any]:
     by_extension: dict[str, tar.Member] = {}
     reason: str | None = None
-    for member in group:
-        extension = _split(member.name)[1]
+    for extension, member in group:
         if extension in by_extension:
             reason = "two members of the same name"
         by_extension.setdefault(extension, member)

@@ -118,7 +118,9 @@ def damage(folder: Path, shard: str, key: str) -> None:
     """Makes one JPEG ask for a quantisation table that it does not have: only a decoder can tell."""
     with tarfile.open(folder / shard) as tar:
         info = tar.getmember(f"{key}.jpg")
-        content = tar.extractfile(info).read()  # pyright: ignore
+        stream = tar.extractfile(info)
+        assert stream is not None
+        content = stream.read()
     with (folder / shard).open("r+b") as file:
         file.seek(info.offset_data + content.index(b"\xff\xc0") + 12)
         file.write(b"\x03")

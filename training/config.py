@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from model.attention import attention_backend
 from model.presets import model_config
 from pipeline.order import default_lanes
 from pipeline.tokens import CropRange, Geometry, token_geometry
@@ -212,26 +213,32 @@ def _preset_flags(path: Path, replaced: set[str]) -> list[str]:
     return arguments
 
 
+def resolved_device(device: str, *, cuda: bool) -> Literal["cuda", "cpu"]:
+    """Returns what --device comes to. cuda: whether this machine has a CUDA device. Raises ValueError if it must."""
+    if device == "cuda" and not cuda:
+        raise ValueError("--device cuda: no CUDA device is here, or this torch has none built in; use --device cpu")
+    return "cuda" if cuda and device != "cpu" else "cpu"
+
+
 def resolved(config: Config, *, cuda: bool) -> Config:
     """Returns the config with every value that follows from others filled in: nothing is None or `auto`.
 
     cuda: whether this machine has a CUDA device. Raises ValueError where the values ask for what is not there.
     """
-    if config.device == "cuda" and not cuda:
-        raise ValueError("--device cuda: no CUDA device is here, or this torch has none built in; use --device cpu")
-    on_cuda = cuda and config.device != "cpu"
+    device = resolved_device(config.device, cuda=cuda)
+    on_cuda = device == "cuda"
     if config.precision == "bf16" and not on_cuda:
         raise ValueError("--precision bf16 is for CUDA: most CPUs are slower with it; use --precision fp32")
     samples = config.total_steps * config.batch_size
     automatic = {
-        "device": "cuda" if on_cuda else "cpu",
         "precision": "bf16" if on_cuda else "fp32",
         "decoder": "dali" if on_cuda else "turbo",
-        "attention": "sdpa",
     }
     return dataclasses.replace(
         config,
         out=config.run_folder,
+        device=device,
+        attention=attention_backend(config.attention),
         image_size=config.geometry.image_size,
         lanes=config.lanes or default_lanes(config.batch_size),
         steps=config.total_steps,

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.batch import Rejection
+from pipeline.files import write_text
 
 METRICS, REJECTED, LEDGER = "metrics.jsonl", "rejected.jsonl", "ledger.jsonl"
 
@@ -83,19 +84,22 @@ class BadSampleBudget:
         """limit: share, 0 to 1. least: slots to have seen before judging."""
         self._limit, self._window, self._least = limit, window, least
         self._recent: deque[tuple[int, tuple[Rejection, ...]]] = deque()
-        self._slots = 0
+        self._slots = self._bad = 0
 
     def add(self, slots: int, rejected: tuple[Rejection, ...]) -> None:
         """Takes in a batch. Raises ValueError, naming the worst shard, when the limit is passed."""
         self._recent.append((slots, rejected))
         self._slots += slots
+        self._bad += len(rejected)
         while self._slots - self._recent[0][0] >= self._window:
-            self._slots -= self._recent.popleft()[0]
-        bad = [rejection for _, each in self._recent for rejection in each]
-        if self._slots >= self._least and len(bad) > self._limit * self._slots:
-            shard, count = Counter(rejection.shard for rejection in bad).most_common(1)[0]
+            old_slots, old_rejected = self._recent.popleft()
+            self._slots -= old_slots
+            self._bad -= len(old_rejected)
+        if self._slots >= self._least and self._bad > self._limit * self._slots:
+            shards = Counter(rejection.shard for _, each in self._recent for rejection in each)
+            shard, count = shards.most_common(1)[0]
             raise ValueError(
-                f"{len(bad):,} of the last {self._slots:,} samples were bad, over --max-bad-fraction {self._limit:g}; "
+                f"{self._bad:,} of the last {self._slots:,} samples were bad, over --max-bad-fraction {self._limit:g}; "
                 f"{count:,} of them in {shard}: mend or remove it (rejected.jsonl names each)"
             )
 
@@ -122,6 +126,4 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def _cut_back(path: Path, step: int) -> None:
     kept = [entry for entry in read_jsonl(path) if entry["step"] <= step]
     if path.exists():
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept))
