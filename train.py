@@ -72,7 +72,9 @@ def train(config: Config) -> int:
     assert config.decoder != "auto"
     order = Order(index.shard_sizes, batch_size=config.batch_size, seed=config.seed, lanes=config.lanes)
     geometry = config.geometry
-    settings = Settings(geometry, config.text_tokens, config.decoder, config.crop, config.captions, config.seed)
+    settings = Settings(
+        geometry, config.text_tokens, config.decoder, config.crop, config.colour, config.captions, config.seed
+    )
     loader = Loader(index, order, settings)
     held_out = None
     if config.eval_data:
@@ -224,7 +226,7 @@ def describe(config: Config, model: CLIP, index: Index, order: Order) -> None:
     rows, columns = geometry.grid
     print(f"run       {config.run_folder}")
     print(
-        f"image     {config.tokens} tokens by {config.image_reduction}: {geometry.image_size} px, "
+        f"image     {config.tokens} of {rows * columns} tokens by {config.image_reduction}: {geometry.image_size} px, "
         f"grid {rows} x {columns}, patch {geometry.patch}"
     )
     print(f"text      {config.text_tokens} tokens by {config.text_reduction}")

@@ -195,7 +195,10 @@ def load_run(run: Path, config: Validate) -> tuple[CLIP, Settings, int]:
     device = resolved_device(config.device, cuda=torch.cuda.is_available())
     encoders = from_json(recorded["encoders"])
     geometry = token_geometry(
-        recorded["tokens"], image_reduction=recorded["image_reduction"], patch=encoders.image.patch
+        recorded["tokens"],
+        image_reduction=recorded["image_reduction"],
+        image_size=recorded["image_size"],
+        patch=encoders.image.patch,
     )
     model = CLIP(encoders, grid=geometry.grid, text_tokens=recorded["text_tokens"])
     model.load_state_dict(last.model_tensors())

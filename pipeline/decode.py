@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from .tokens import Geometry, Windows, patchify
+from .plan import Windows
+from .tokens import Geometry, Positions, gather_patches
 
 UNDECODABLE = "JPEG cannot be decoded"
 
@@ -37,27 +38,34 @@ class Decoder(Protocol):
         self,
         jpegs: Sequence[bytes | None],
         windows: Windows,
+        positions: Positions,
         widths: npt.NDArray[np.int32],
         heights: npt.NDArray[np.int32],
     ) -> Decoded:
-        """Returns the patches of each image's window; None stands for a slot that has no image.
+        """Returns the kept patches of each image's window; None stands for a slot that has no image.
 
-        windows: float64 [batch, 4] as tokens.Windows. widths, heights: int32 [batch], as the index has them.
+        windows: float64 [batch, 4] as plan.Windows, each resampled to geometry.decoded_size. positions: int16
+        [batch, tokens], which patches of that are kept; not looked at where all are. widths, heights: int32 [batch],
+        as the index has them.
         """
         ...
 
 
-def reference(jpeg: bytes, window: npt.NDArray[np.float64], geometry: Geometry) -> npt.NDArray[np.uint8]:
+def reference(
+    jpeg: bytes, window: npt.NDArray[np.float64], positions: Positions, geometry: Geometry
+) -> npt.NDArray[np.uint8]:
     """Returns one image's patches the plain way: full decode, antialiased triangle filter of the fractional window.
 
-    uint8 [tokens, patch*patch*3]. Slow and exact to 1 of 255; the decoders are compared with it.
+    window: float64 [4], the whole crop. positions: int16 [tokens], on the geometry's grid; the crop is resampled whole
+    and they are cut from that, for every reduction. uint8 [tokens, patch*patch*3]. Slow and exact to 1 of 255; the
+    decoders are compared with it.
     """
     with Image.open(io.BytesIO(jpeg)) as image:
         left, top, width, height = (float(value) for value in window)
         size = (geometry.image_size, geometry.image_size)
         box = (left, top, min(left + width, image.width), min(top + height, image.height))
         square = image.convert("RGB").resize(size, Image.Resampling.BILINEAR, box=box)
-    return patchify(np.asarray(square)[None], geometry.patch)[0]
+    return gather_patches(np.asarray(square)[None], positions[None], geometry.patch)[0]
 
 
 def psnr(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> float:

@@ -4,6 +4,10 @@ No operator in the graph draws at random: windows are fed from the plan. The GPU
 About 300 us for a 128 px JPEG at 16 tokens on the CPU backend, of which its resampler is the larger half.
 """
 
+import functools
+import subprocess
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,29 +17,38 @@ import simplejpeg
 import torch
 
 from .decode import UNDECODABLE, Decoded
-from .tokens import Geometry, Windows
+from .plan import Windows
+from .tokens import Geometry, Positions, gather_patches
 
 _PLACEHOLDER_SIDE = 32
+_CHROMA_MARGIN = 8
+"""Pixels decoded beyond a block, so that its colours are upsampled from the same neighbours as in the whole image."""
+_PROBE_SECONDS = 120
 
 
 class DaliDecoder:
     """One DALI pipeline, run a batch at a time. A batch that kills it is halved until the culprits are known."""
 
-    def __init__(self, geometry: Geometry, batch_size: int, device_id: int | None = None) -> None:
+    def __init__(
+        self, geometry: Geometry, batch_size: int, device_id: int | None = None, decode_window: bool | None = None
+    ) -> None:
         """batch_size: the largest batch. device_id: the GPU that decodes (`mixed`), or None for the CPU backend.
 
+        decode_window: decode only the window; if False, the whole image, and the window is cut by the resize. None:
+        True, unless the GPU's decoder cannot do it (nvImageCodec 0.9.0 fails or crashes with it on some cards).
         Raises ValueError where DALI is not installed.
         """
         self.geometry, self.batch_size, self.device_id = geometry, batch_size, device_id
-        grey = np.full((_PLACEHOLDER_SIDE, _PLACEHOLDER_SIDE, 3), 128, np.uint8)
-        self._placeholder = np.frombuffer(simplejpeg.encode_jpeg(grey), np.uint8)
-        self._graph = _define(geometry)
+        self.decode_window = window_decode_works(device_id) if decode_window is None else decode_window
+        self._placeholder = np.frombuffer(_grey_jpeg(), np.uint8)
+        self._graph = _define(geometry, self.decode_window)
         self._pipeline = self._build()
 
     def decode(
         self,
         jpegs: Sequence[bytes | None],
         windows: Windows,
+        positions: Positions,
         widths: npt.NDArray[np.int32],
         heights: npt.NDArray[np.int32],
     ) -> Decoded:
@@ -49,16 +62,16 @@ class DaliDecoder:
             extent = np.where(missing[:, None], _PLACEHOLDER_SIDE, extent)
         encoded = [self._placeholder if jpeg is None else np.frombuffer(jpeg, np.uint8) for jpeg in jpegs]
         try:
-            return Decoded(self._run(encoded, sides, start, extent), {})
+            return Decoded(self._run(encoded, sides, start, extent, positions), {})
         except RuntimeError:
             # By DALI's design the pipeline is dead now, and the message does not say which image it was.
             self._pipeline = self._build()
         if len(jpegs) == 1:
             assert jpegs[0] is not None
-            return Decoded(self.decode([None], windows, widths, heights).patches, {0: UNDECODABLE})
+            return Decoded(self.decode([None], windows, positions, widths, heights).patches, {0: UNDECODABLE})
         half = len(jpegs) // 2
         parts = [
-            self.decode(jpegs[part], windows[part], widths[part], heights[part])
+            self.decode(jpegs[part], windows[part], positions[part], widths[part], heights[part])
             for part in (slice(0, half), slice(half, None))
         ]
         faults = parts[0].faults | {slot + half: reason for slot, reason in parts[1].faults.items()}
@@ -70,25 +83,40 @@ class DaliDecoder:
         sides: npt.NDArray[np.float64],
         start: npt.NDArray[np.float64],
         extent: npt.NDArray[np.float64],
+        positions: Positions,
     ) -> torch.Tensor:
-        # The filter reaches one output pixel beyond the window; decoding that much more makes its edge exact.
-        margin = np.ceil(extent / self.geometry.image_size)
-        first = np.floor(np.maximum(start - margin, 0))
-        last = np.ceil(np.minimum(start + extent + margin, sides))
-        feeds = {
-            "slice_start": first.astype(np.int32),
-            "slice_shape": (last - first).astype(np.int32),
-            "roi_start": (start - first).astype(np.float32),
-            "roi_end": (start + extent - first).astype(np.float32),
-        }
+        feeds = {"roi_start": start, "roi_end": start + extent}
+        if self.decode_window:
+            # The filter reaches one output pixel beyond the window; decoding that much more makes its edge exact.
+            margin = np.ceil(extent / np.array(self.geometry.decoded_size))
+            if self.geometry.decoded_grid != self.geometry.grid:
+                margin += _CHROMA_MARGIN
+            first = np.floor(np.maximum(start - margin, 0))
+            last = np.ceil(np.minimum(start + extent + margin, sides))
+            feeds = {name: place - first for name, place in feeds.items()}
+            self._feed("slice_start", first.astype(np.int32))
+            self._feed("slice_shape", (last - first).astype(np.int32))
+        for name, places in feeds.items():
+            self._feed(name, places.astype(np.float32))
         self._pipeline.feed_input("jpeg", list(encoded))
-        for name, values in feeds.items():
-            # DALI refuses strided arrays.
-            self._pipeline.feed_input(name, np.ascontiguousarray(values))
-        (patches,) = self._pipeline.run()
-        tensor: Any = patches.as_tensor()
-        # DALI gives the same buffer to the next run.
-        return torch.from_dlpack(tensor).clone() if self.device_id is not None else torch.from_numpy(np.array(tensor))
+        (output,) = self._pipeline.run()
+        dali_tensor: Any = output.as_tensor()
+        if self.device_id is None:
+            pixels: Any = np.array(dali_tensor, copy=self.geometry.keeps_all_decoded)
+            if self.geometry.keeps_all_decoded:
+                return torch.from_numpy(pixels)
+            # Outside the graph: multi_paste there costs seven times as much on the CPU, and ends at 64 patches.
+            return torch.from_numpy(gather_patches(pixels, positions, self.geometry.patch))
+        # Copied, since DALI gives the same buffer to the next run.
+        pixels = torch.from_dlpack(dali_tensor)
+        if self.geometry.keeps_all_decoded:
+            return pixels.clone()
+        at = torch.from_numpy(positions.astype(np.int64)).to(pixels.device)
+        return gather_patches(pixels, at, self.geometry.patch)
+
+    def _feed(self, name: str, values: npt.NDArray[Any]) -> None:
+        # DALI refuses strided arrays.
+        self._pipeline.feed_input(name, np.ascontiguousarray(values))
 
     def _build(self) -> Any:
         pipeline = self._graph(
@@ -103,8 +131,11 @@ class DaliDecoder:
         return pipeline
 
 
-def _define(geometry: Geometry) -> Any:
-    """The graph, for either device: only the decoder is told where to run, the rest follows the data."""
+def _define(geometry: Geometry, decode_window: bool) -> Any:
+    """The graph, for either device: only the decoder is told where to run, the rest follows the data.
+
+    It ends in patches where all are kept, else in the resampled image, from which they are gathered.
+    """
     try:
         from nvidia import dali
     except ImportError:
@@ -116,35 +147,78 @@ def _define(geometry: Geometry) -> Any:
     fn: Any = dali.fn
     types: Any = dali.types
     pipeline_def: Any = dali.pipeline_def
-    side, patch = geometry.image_size // geometry.patch, geometry.patch
+    patch, (rows, columns) = geometry.patch, geometry.decoded_grid
 
     @pipeline_def
     def graph(device: str) -> Any:
-        window = {
-            name: fn.external_source(name=name) for name in ("slice_start", "slice_shape", "roi_start", "roi_end")
-        }
-        pixels = fn.decoders.image_slice(
-            fn.external_source(name="jpeg", no_copy=True),
-            window["slice_start"],
-            window["slice_shape"],
-            axes=(0, 1),
-            normalized_anchor=False,
-            normalized_shape=False,
-            output_type=types.RGB,
-            adjust_orientation=False,  # as libjpeg-turbo: ingestion makes images upright
-            device=device,
-        )
+        jpeg = fn.external_source(name="jpeg", no_copy=True)
+        # adjust_orientation as libjpeg-turbo: ingestion makes images upright.
+        settings = {"device": device, "output_type": types.RGB, "adjust_orientation": False}
+        if decode_window:
+            pixels = fn.decoders.image_slice(
+                jpeg,
+                fn.external_source(name="slice_start"),
+                fn.external_source(name="slice_shape"),
+                axes=(0, 1),
+                normalized_anchor=False,
+                normalized_shape=False,
+                **settings,
+            )
+        else:
+            pixels = fn.decoders.image(jpeg, **settings)
         pixels = fn.resize(
             pixels,
-            size=(geometry.image_size, geometry.image_size),
-            roi_start=window["roi_start"],
-            roi_end=window["roi_end"],
+            size=geometry.decoded_size,
+            roi_start=fn.external_source(name="roi_start"),
+            roi_end=fn.external_source(name="roi_end"),
             interp_type=types.INTERP_TRIANGULAR,
         )
-        cut = fn.transpose(fn.reshape(pixels, shape=[side, patch, side, patch, 3]), perm=[0, 2, 1, 3, 4])
+        if not geometry.keeps_all_decoded:
+            return pixels
+        cut = fn.transpose(fn.reshape(pixels, shape=[rows, patch, columns, patch, 3]), perm=[0, 2, 1, 3, 4])
         return fn.reshape(cut, shape=[geometry.tokens, geometry.patch_values])
 
     def make(*, device_id: int | None, **settings: Any) -> Any:
         return graph(device="cpu" if device_id is None else "mixed", device_id=device_id, **settings)
 
     return make
+
+
+@functools.cache
+def window_decode_works(device_id: int | None) -> bool:
+    """Returns whether this device's decoder can decode a window only; a GPU is asked once, in a process of its own.
+
+    nvImageCodec 0.9.0 answers with an error on some cards and a segmentation fault on others (nvImageCodec issue 55).
+    """
+    if device_id is None:
+        return True
+    probe = [sys.executable, "-m", __name__, str(device_id)]
+    try:
+        works = subprocess.run(probe, timeout=_PROBE_SECONDS, capture_output=True, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        works = False
+    if not works:
+        warnings.warn(
+            f"the JPEG decoder of GPU {device_id} cannot decode a window only: whole images are decoded, slower",
+            stacklevel=2,
+        )
+    return works
+
+
+def _grey_jpeg() -> bytes:
+    return simplejpeg.encode_jpeg(np.full((_PLACEHOLDER_SIDE, _PLACEHOLDER_SIDE, 3), 128, np.uint8))
+
+
+def _probe(device_id: int) -> None:
+    """Decodes a window on a GPU; fails, or kills the process, where that does not work."""
+    from .tokens import token_geometry
+
+    decoder = DaliDecoder(token_geometry(1), 1, device_id, decode_window=True)
+    side = np.array([_PLACEHOLDER_SIDE], np.int32)
+    decoded = decoder.decode([_grey_jpeg()], np.array([[8.0, 8.0, 16.0, 16.0]]), np.zeros((1, 1), np.int16), side, side)
+    if decoded.faults or abs(int(decoded.patches.float().mean()) - 128) > 2:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    _probe(int(sys.argv[1]))

@@ -13,7 +13,8 @@ import simplejpeg
 import torch
 
 from .decode import UNDECODABLE, Decoded
-from .tokens import Geometry, Windows, patchify
+from .plan import Windows
+from .tokens import Geometry, Positions, gather_patches, patchify
 
 # Threads are the loader's; OpenCV's own pool would only add hand-overs to calls of 50 us.
 cv2.setNumThreads(1)
@@ -31,18 +32,19 @@ class TurboDecoder:
         self,
         jpegs: Sequence[bytes | None],
         windows: Windows,
+        positions: Positions,
         widths: npt.NDArray[np.int32],
         heights: npt.NDArray[np.int32],
     ) -> Decoded:
         """See decode.Decoder."""
-        size = self.geometry.image_size
+        height, width = size = self.geometry.decoded_size
         eighths = scale_eighths(windows, size)
         # libjpeg rounds scaled sizes up; asking for just that size makes it choose this scale. 0: full size.
         min_heights, min_widths = (
             np.where(eighths < 8, -(-side * eighths // 8), 0).tolist() for side in (heights.astype(np.int64), widths)
         )
         maps = _warp_maps(windows, eighths / 8, size)
-        pixels = np.zeros((len(jpegs), size, size, 3), np.uint8)
+        pixels = np.zeros((len(jpegs), height, width, 3), np.uint8)
         faults: dict[int, str] = {}
         for slot, jpeg in enumerate(jpegs):
             if jpeg is None:
@@ -55,21 +57,23 @@ class TurboDecoder:
             except Exception:  # simplejpeg raises ValueError, and KeyError for what libjpeg does not know
                 faults[slot] = UNDECODABLE
                 continue
-            cv2.warpAffine(scaled, maps[slot], (size, size), pixels[slot], _WARP, cv2.BORDER_REPLICATE)
-        return Decoded(torch.from_numpy(patchify(pixels, self.geometry.patch)), faults)
+            cv2.warpAffine(scaled, maps[slot], (width, height), pixels[slot], _WARP, cv2.BORDER_REPLICATE)
+        patch = self.geometry.patch
+        kept = patchify(pixels, patch) if self.geometry.keeps_all_decoded else gather_patches(pixels, positions, patch)
+        return Decoded(torch.from_numpy(kept), faults)
 
 
-def scale_eighths(windows: Windows, image_size: int) -> npt.NDArray[np.int64]:
-    """Returns the smallest n of 1..8 for which each window, at n/8 of full size, still covers `image_size` pixels."""
-    needed = 8 * image_size / windows[:, 2:].min(axis=1)
+def scale_eighths(windows: Windows, size: tuple[int, int]) -> npt.NDArray[np.int64]:
+    """Returns the smallest n of 1..8 for which each window at n/8 of full size still covers `size` (height, width)."""
+    needed = 8 * np.maximum(size[1] / windows[:, 2], size[0] / windows[:, 3])
     # A window of exactly the size must not ask for more because of its last bit.
     return np.clip(np.ceil(needed - 1e-9), 1, 8).astype(np.int64)
 
 
-def _warp_maps(windows: Windows, scale: npt.NDArray[np.float64], image_size: int) -> npt.NDArray[np.float64]:
+def _warp_maps(windows: Windows, scale: npt.NDArray[np.float64], size: tuple[int, int]) -> npt.NDArray[np.float64]:
     """float64 [batch, 2, 3]: from pixels of the output to pixels of the scaled image; centres lie at +0.5."""
     maps = np.zeros((len(windows), 2, 3))
-    step = windows[:, 2:] * scale[:, None] / image_size
+    step = windows[:, 2:] * scale[:, None] / np.array(size[::-1])
     maps[:, 0, 0], maps[:, 1, 1] = step[:, 0], step[:, 1]
     maps[:, :, 2] = windows[:, :2] * scale[:, None] + step / 2 - 0.5
     return maps

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -17,18 +17,29 @@ import torch
 
 from .batch import Batch, Rejection
 from .captions import WordPieceTruncate
+from .colour import NO_JITTER, ColourJitter, ColourMaps, apply_maps, colour_maps
 from .decode import Decoder
 from .decode_dali import DaliDecoder
 from .decode_turbo import TurboDecoder
 from .index import Index, IntArray
 from .order import Order
+from .plan import (
+    DEFAULT_CROP,
+    CropRange,
+    Windows,
+    caption_choice,
+    crop_windows,
+    decoded_windows,
+    kept_positions,
+    whole_windows,
+)
 from .read import Reader, Rows
-from .tokens import DEFAULT_CROP, CropRange, Geometry, Windows, caption_choice, crop_windows, whole_windows
+from .tokens import Geometry, Positions
 
 DecoderName = Literal["dali", "turbo"]
 
 EVALUATION_BATCH_SIZE = 256
-STAGES: tuple[str, ...] = ("order", "plan", "read", "decode", "captions")
+STAGES: tuple[str, ...] = ("order", "plan", "read", "decode", "colour", "captions")
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,7 @@ class Settings:
     text_tokens: int
     decoder: DecoderName
     crop: CropRange = DEFAULT_CROP
+    colour: ColourJitter = NO_JITTER
     captions: Literal["any", "first"] = "any"
     """Where a sample has several: one drawn each epoch, or always the first."""
     seed: int = 0
@@ -62,7 +74,9 @@ class Loader:
 
         Raises ValueError where ranks cannot share the lanes, or a decoder or vocabulary is missing.
         """
-        self.index, self.order, self.settings = index, order, settings
+        self.index, self.order = index, order
+        # Evaluation sees whole images.
+        self.settings = settings if order else replace(settings, geometry=settings.geometry.unmasked())
         self.rank, self.world_size = rank, world_size
         self.local_batch_size = order.batch_size // world_size if order else EVALUATION_BATCH_SIZE
         self.reader = Reader(index)
@@ -84,12 +98,9 @@ class Loader:
         slots = self.order.slots(step, self.rank, self.world_size)
         rows = self.reader.locate(slots)
         clock.lap("order")
-        seed = self.settings.seed
-        windows = crop_windows(seed, slots.epoch, rows.sample_ids, rows.width, rows.height, self.settings.crop)
-        allowed = rows.num_captions if self.settings.captions == "any" else np.ones_like(rows.num_captions)
-        choice = caption_choice(seed, slots.epoch, rows.sample_ids, allowed)
+        plan = self._plan(rows, slots.epoch)
         clock.lap("plan")
-        return self._assemble(rows, windows, choice, clock)
+        return self._assemble(rows, plan, clock)
 
     def batches(self, first_step: int, end_step: int, *, threads: int = 1, prefetch: int = 2) -> Generator[Batch]:
         """Yields the batches of steps [first_step, end_step) in order, at most threads + prefetch made ahead."""
@@ -110,32 +121,46 @@ class Loader:
         step = self.local_batch_size
         for start in range(0, len(sample_ids), step):
             rows = self.reader.locate_ids(sample_ids[start : start + step])
-            windows = whole_windows(rows.width, rows.height)
-            yield self._assemble(rows, windows, np.zeros(len(windows), np.int64), _StageClock(self.stage_seconds))
+            first = np.zeros_like(rows.sample_ids)
+            positions = kept_positions(0, first, rows.sample_ids, self.settings.geometry)
+            plan = _Plan(whole_windows(rows.width, rows.height), positions, first, None)
+            yield self._assemble(rows, plan, _StageClock(self.stage_seconds))
 
-    def _assemble(self, rows: Rows, windows: Windows, choice: IntArray, clock: "_StageClock") -> Batch:
+    def _plan(self, rows: Rows, epoch: IntArray) -> "_Plan":
+        settings, ids = self.settings, rows.sample_ids
+        windows = crop_windows(settings.seed, epoch, ids, rows.width, rows.height, settings.crop)
+        positions = kept_positions(settings.seed, epoch, ids, settings.geometry)
+        allowed = rows.num_captions if settings.captions == "any" else np.ones_like(rows.num_captions)
+        return _Plan(
+            decoded_windows(windows, positions, settings.geometry),
+            positions,
+            caption_choice(settings.seed, epoch, ids, allowed),
+            None if settings.colour.changes_nothing else colour_maps(settings.seed, epoch, ids, settings.colour),
+        )
+
+    def _assemble(self, rows: Rows, plan: "_Plan", clock: "_StageClock") -> Batch:
         ids = rows.sample_ids.tolist()
-        images, captions = self.reader.images(rows), self.reader.captions(rows, choice)
+        images, captions = self.reader.images(rows), self.reader.captions(rows, plan.caption)
         faults = {slot: fault for slot, sample in enumerate(ids) if (fault := self.known_bad.get(sample))}
         faults |= {
             slot: item for items in (images, captions) for slot, item in enumerate(items) if isinstance(item, str)
         }
         jpegs = [None if slot in faults or isinstance(image, str) else image for slot, image in enumerate(images)]
         clock.lap("read")
-        decoded = self._decoder().decode(jpegs, windows, rows.width, rows.height)
+        decoded = self._decoder().decode(jpegs, plan.windows, plan.positions, rows.width, rows.height)
         for slot, fault in decoded.faults.items():
             self.known_bad[ids[slot]] = faults[slot] = fault
         clock.lap("decode")
+        patches = decoded.patches if plan.colours is None else apply_maps(decoded.patches, plan.colours)
+        clock.lap("colour")
         caption_ids = self.tokenizer.encode([b"" if isinstance(text, str) else text for text in captions])
         clock.lap("captions")
-        geometry = self.settings.geometry
         valid = np.ones(len(ids), np.bool_)
         valid[list(faults)] = False
-        positions = np.broadcast_to(np.arange(geometry.tokens, dtype=np.int16), (len(ids), geometry.tokens)).copy()
         return Batch(
-            patches=decoded.patches,
-            positions=torch.from_numpy(positions),
-            grid=geometry.grid,
+            patches=patches,
+            positions=torch.from_numpy(plan.positions),
+            grid=self.settings.geometry.grid,
             caption_ids=torch.from_numpy(caption_ids),
             valid=torch.from_numpy(valid),
             sample_ids=torch.from_numpy(rows.sample_ids),
@@ -150,6 +175,18 @@ class Loader:
         if not hasattr(self._local, "decoder"):
             self._local.decoder = self.settings.new_decoder(self.local_batch_size)
         return self._local.decoder
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What was drawn for a batch, beside its order."""
+
+    windows: Windows
+    """What the decoder looks at."""
+    positions: Positions
+    caption: IntArray
+    """[batch]: which of its captions each sample shows."""
+    colours: ColourMaps | None
 
 
 class _StageClock:

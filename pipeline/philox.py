@@ -22,6 +22,8 @@ class Stream(enum.IntEnum):
 
     CROP = 0
     CAPTION = 1
+    KEPT = 3
+    COLOUR = 4
 
 
 def philox_4x32(counter: npt.NDArray[np.uint32], key: tuple[int, int]) -> npt.NDArray[np.uint32]:

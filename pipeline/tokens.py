@@ -1,21 +1,25 @@
-"""The token plan: one dial (--tokens) -> geometry; (seed, epoch, sample) -> the window of the image that is trained on.
+"""Token geometry from one dial: --tokens, how they are reduced, and the image size come to a grid and what is decoded.
 
-Pure functions over a whole batch; no pixel is touched here. Windows are fractional, in pixels of the stored image.
+Pure; no pixel is touched but by `patchify` and `gather_patches`, which cut images into the patches of a grid.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from .philox import Stream, uniform
+ImageReduction = Literal["resize", "random", "grid", "block"]
 
-ImageReduction = Literal["resize"]
+MASKED_IMAGE_SIZE = 224
+"""Pixels a side where patches are masked and nobody says another."""
+MAX_BLOCK_ASPECT = 2
+"""A block may be as much wider than it is high: 98 of 196 patches are 7 rows of 14."""
 
-# As torchvision's RandomResizedCrop: draws per crop before the centre is taken instead.
-_CROP_TRIES = 10
+Positions = npt.NDArray[np.int16]
+"""int16 [batch, tokens]: row-major index of each kept patch on the grid, ascending in a sample."""
 
 
 @dataclass(frozen=True)
@@ -31,25 +35,65 @@ class Geometry:
     """Side of the square that the crop is resampled to, in pixels."""
     grid: tuple[int, int]
     """(rows, columns) of patches that positions index."""
+    decoded_grid: tuple[int, int]
+    """(rows, columns) of patches that a decoder resamples: the block alone for `block`, else the whole grid."""
+    grid_jitter: bool = False
+    """`grid` only: which patches of a window are kept is drawn anew for each window, not the same for all."""
 
     @property
     def patch_values(self) -> int:
         """uint8 values of one flattened patch: row, column, channel."""
         return self.patch * self.patch * 3
 
+    @property
+    def decoded_size(self) -> tuple[int, int]:
+        """(height, width) of what a decoder resamples, in pixels."""
+        return self.decoded_grid[0] * self.patch, self.decoded_grid[1] * self.patch
+
+    @property
+    def keeps_all_decoded(self) -> bool:
+        """Whether every patch that is resampled is kept, so that nothing is left to gather."""
+        return self.decoded_grid[0] * self.decoded_grid[1] == self.tokens
+
+    def unmasked(self) -> "Geometry":
+        """Returns the geometry of the same grid with every patch kept, as evaluation sees images."""
+        tokens = self.grid[0] * self.grid[1]
+        return replace(self, image_reduction="resize", tokens=tokens, decoded_grid=self.grid, grid_jitter=False)
+
 
 def token_geometry(
-    tokens: int, *, image_reduction: ImageReduction = "resize", image_size: int | None = None, patch: int = 16
+    tokens: int,
+    *,
+    image_reduction: ImageReduction = "resize",
+    image_size: int | None = None,
+    patch: int = 16,
+    grid_jitter: bool = False,
 ) -> Geometry:
     """Returns the geometry that keeps `tokens` image tokens.
 
     `resize`: a square grid of sqrt(tokens) patches a side, so 16 tokens at patch 16 are 64 x 64 pixels.
-    Raises ValueError, naming the nearest that can be, where tokens or image_size cannot.
+    `random`, `grid`, `block`: the image stays at image_size (default 224) and `tokens` of its patches are kept.
+    Raises ValueError, naming the nearest that can be, where the values cannot go together.
     """
     if tokens < 1:
         raise ValueError(f"--tokens {tokens} is below 1; the smallest is --tokens 1")
     if tokens > np.iinfo(np.int16).max:
         raise ValueError(f"--tokens {tokens} exceeds the {np.iinfo(np.int16).max} that a position can count; lower it")
+    if grid_jitter and image_reduction != "grid":
+        raise ValueError(f"--grid-jitter is for --image-reduction grid, not {image_reduction}; leave one of them out")
+    if image_reduction == "resize":
+        side = _resized_side(tokens, image_size, patch)
+    else:
+        side = _masked_side(tokens, image_size or MASKED_IMAGE_SIZE, patch)
+    decoded = (side, side)
+    if image_reduction == "grid":
+        _check_grid(tokens, side)
+    elif image_reduction == "block":
+        decoded = _block(tokens, side)
+    return Geometry(image_reduction, tokens, patch, side * patch, (side, side), decoded, grid_jitter)
+
+
+def _resized_side(tokens: int, image_size: int | None, patch: int) -> int:
     side = math.isqrt(tokens)
     if side * side != tokens:
         below, above = side * side, (side + 1) ** 2
@@ -62,85 +106,76 @@ def token_geometry(
             f"--image-size {image_size} contradicts --tokens {tokens}, which is {side * patch} px at patch {patch}; "
             "leave --image-size out"
         )
-    return Geometry(image_reduction, tokens, patch, side * patch, (side, side))
+    return side
 
 
-@dataclass(frozen=True)
-class CropRange:
-    """Random resized crop: what share of the image's area, and which width/height ratios."""
-
-    area: tuple[float, float] = (0.4, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-
-    def __post_init__(self) -> None:
-        for name, (low, high), limit in (("area", self.area, 1.0), ("ratio", self.ratio, math.inf)):
-            if not 0 < low <= high <= limit:
-                raise ValueError(f"crop {name} {low} {high} is not 0 < low <= high <= {limit:g}; give it as low high")
-
-
-DEFAULT_CROP = CropRange()
-"""CLIPA's: 40 to 100 % of the area, 3/4 to 4/3."""
-
-Windows = npt.NDArray[np.float64]
-"""float64 [batch, 4]: left, top, width, height of each crop, in pixels of the stored image; inside the image."""
+def _masked_side(tokens: int, image_size: int, patch: int) -> int:
+    side = image_size // patch
+    if image_size < patch or side * patch != image_size:
+        below, above = max(side, 1) * patch, (side + 1) * patch
+        raise ValueError(
+            f"--image-size {image_size} is no multiple of patch {patch}; the nearest are {below} and {above}"
+        )
+    if tokens > side * side:
+        raise ValueError(
+            f"--tokens {tokens} exceeds the {side * side} patches of a {image_size}-pixel image at patch {patch}; "
+            "lower --tokens or raise --image-size"
+        )
+    return side
 
 
-def whole_windows(widths: npt.NDArray[np.int32], heights: npt.NDArray[np.int32]) -> Windows:
-    """Returns the windows that take in the whole image, for evaluation. widths, heights: [batch], in pixels."""
-    zeros = np.zeros(len(widths))
-    return np.stack([zeros, zeros, widths.astype(np.float64), heights.astype(np.float64)], axis=1)
+def _check_grid(tokens: int, side: int) -> None:
+    allowed = (side * side // 4, side * side // 2)
+    if side % 2:
+        raise ValueError(f"grid reduction needs an even number of patches a side, not {side}; change --image-size")
+    if tokens not in allowed:
+        raise ValueError(
+            f"--tokens {tokens} is not 1/4 or 1/2 of the {side * side} patches, which grid reduction keeps; "
+            f"the nearest are {allowed[0]} and {allowed[1]}"
+        )
 
 
-def crop_windows(
-    seed: int,
-    epoch: npt.NDArray[np.int64],
-    sample_ids: npt.NDArray[np.int64],
-    widths: npt.NDArray[np.int32],
-    heights: npt.NDArray[np.int32],
-    crop: CropRange,
-) -> Windows:
-    """Returns one random crop a sample, a pure function of (seed, epoch, sample).
-
-    Area uniform in crop.area times the image's, log-ratio uniform; the first of ten draws that fits is taken, else the
-    largest centred window within the ratios (torchvision's rule). Unlike there, windows are not rounded to pixels.
-    epoch, sample_ids: int64 [batch]; widths, heights: int32 [batch], in pixels.
-    """
-    draws = uniform(seed, Stream.CROP, epoch, sample_ids, 2 + 2 * _CROP_TRIES)
-    image_width, image_height = widths.astype(np.float64), heights.astype(np.float64)
-    low, high = crop.area
-    area = (low + (high - low) * draws[:, 2::2]) * (image_width * image_height)[:, None]
-    log_low, log_high = math.log(crop.ratio[0]), math.log(crop.ratio[1])
-    ratio = np.exp(log_low + (log_high - log_low) * draws[:, 3::2])
-    width, height = np.sqrt(area * ratio), np.sqrt(area / ratio)
-    fits = (width <= image_width[:, None]) & (height <= image_height[:, None])
-    first = fits.argmax(axis=1)[:, None]
-    found = np.take_along_axis(fits, first, axis=1)[:, 0]
-    fallback_width = np.minimum(image_width, image_height * crop.ratio[1])
-    fallback_height = np.minimum(image_height, image_width / crop.ratio[0])
-    window_width = np.where(found, np.take_along_axis(width, first, axis=1)[:, 0], fallback_width)
-    window_height = np.where(found, np.take_along_axis(height, first, axis=1)[:, 0], fallback_height)
-    across = np.where(found, draws[:, 0], 0.5)
-    down = np.where(found, draws[:, 1], 0.5)
-    return np.stack(
-        [across * (image_width - window_width), down * (image_height - window_height), window_width, window_height],
-        axis=1,
+def _block(tokens: int, side: int) -> tuple[int, int]:
+    """The (rows, columns) of a block of so many patches, as near a square as can be and no higher than wide."""
+    if (shape := _block_shape(tokens, side)) is not None:
+        return shape
+    below = next(number for number in range(tokens, 0, -1) if _block_shape(number, side))
+    above = next(number for number in range(tokens, side * side + 1) if _block_shape(number, side))
+    raise ValueError(
+        f"--tokens {tokens} makes no block at most {MAX_BLOCK_ASPECT} times as wide as high in {side} x {side} "
+        f"patches; the nearest are {below} and {above}"
     )
 
 
-def caption_choice(
-    seed: int, epoch: npt.NDArray[np.int64], sample_ids: npt.NDArray[np.int64], num_captions: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """Returns which of its captions each sample shows this epoch, evenly drawn; int64 [batch], as every argument."""
-    draws = uniform(seed, Stream.CAPTION, epoch, sample_ids, 1)[:, 0]
-    return (draws * num_captions).astype(np.int64)
+def _block_shape(tokens: int, side: int) -> tuple[int, int] | None:
+    for rows in range(min(math.isqrt(tokens), side), 0, -1):
+        columns, rest = divmod(tokens, rows)
+        if rest == 0:
+            return (rows, columns) if columns <= min(side, MAX_BLOCK_ASPECT * rows) else None
+    return None
 
 
 def patchify(pixels: npt.NDArray[np.uint8], patch: int) -> npt.NDArray[np.uint8]:
     """Cuts images into flattened patches, row-major over the grid; inside a patch: row, column, channel.
 
-    pixels: uint8 [batch, size, size, 3]. Returns uint8 [batch, (size/patch)**2, patch*patch*3], contiguous.
+    pixels: uint8 [batch, height, width, 3]. Returns uint8 [batch, patches, patch*patch*3], contiguous.
     """
-    batch, size = pixels.shape[:2]
-    side = size // patch
-    cut = pixels.reshape(batch, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
-    return cut.reshape(batch, side * side, patch * patch * 3)
+    batch, height, width = pixels.shape[:3]
+    rows, columns = height // patch, width // patch
+    cut = pixels.reshape(batch, rows, patch, columns, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+    return cut.reshape(batch, rows * columns, patch * patch * 3)
+
+
+def gather_patches(pixels: Any, positions: Any, patch: int) -> Any:
+    """Returns the patches of images that stand at `positions`, in that order: rows of what `patchify` gives.
+
+    pixels: uint8 [batch, height, width, 3]; positions: integers [batch, tokens]; both NumPy arrays, or both tensors of
+    one device. Returns uint8 [batch, tokens, patch*patch*3], contiguous. Only kept patches are copied.
+    """
+    batch, height, width = pixels.shape[:3]
+    rows, columns = height // patch, width // patch
+    cut = pixels.reshape(batch, rows, patch, columns, patch, 3)
+    image = np.arange(batch) if isinstance(pixels, np.ndarray) else torch.arange(batch, device=pixels.device)
+    # Indices on both sides of a slice put the indexed axes first: [batch, tokens, patch, patch, 3].
+    kept = cut[image[:, None], positions // columns, :, positions % columns]
+    return kept.reshape(batch, positions.shape[1], patch * patch * 3)

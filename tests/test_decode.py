@@ -9,9 +9,11 @@ import simplejpeg
 from pipeline.decode import UNDECODABLE, Decoder, psnr, reference
 from pipeline.decode_dali import DaliDecoder
 from pipeline.decode_turbo import TurboDecoder, scale_eighths
-from pipeline.tokens import CropRange, Geometry, Windows, crop_windows, token_geometry, whole_windows
+from pipeline.plan import CropRange, Windows, crop_windows, decoded_windows, kept_positions, whole_windows
+from pipeline.tokens import Geometry, ImageReduction, Positions, token_geometry
 
 LEAST_MEAN_PSNR = {"dali": 40.0, "turbo": 36.0}
+BLOCK_LEVELS = {"dali": 8, "turbo": 8}
 
 
 def new_decoder(name: str, geometry: Geometry, batch_size: int) -> Decoder:
@@ -29,6 +31,10 @@ def crops(jpegs: Sequence[bytes]) -> Windows:
     return crop_windows(0, np.zeros_like(ids), ids, widths, heights, CropRange())
 
 
+def every(jpegs: Sequence[object], tokens: int = 16) -> Positions:
+    return np.broadcast_to(np.arange(tokens, dtype=np.int16), (len(jpegs), tokens))
+
+
 @pytest.mark.parametrize("name", ["dali", "turbo"])
 @pytest.mark.parametrize("tokens", [16, 49])
 @pytest.mark.parametrize("whole", [False, True])
@@ -36,14 +42,82 @@ def test_close_to_the_reference(photo_jpegs: list[bytes], name: str, tokens: int
     geometry = token_geometry(tokens)
     widths, heights = sides(photo_jpegs)
     windows = whole_windows(widths, heights) if whole else crops(photo_jpegs)
-    decoded = new_decoder(name, geometry, len(photo_jpegs)).decode(photo_jpegs, windows, widths, heights)
+    decoded = new_decoder(name, geometry, len(photo_jpegs)).decode(
+        photo_jpegs, windows, every(photo_jpegs, tokens), widths, heights
+    )
     assert decoded.faults == {}
     assert decoded.patches.shape == (len(photo_jpegs), tokens, geometry.patch_values)
     assert decoded.patches.is_contiguous()
-    expected = [reference(jpeg, window, geometry) for jpeg, window in zip(photo_jpegs, windows, strict=True)]
+    expected = [
+        reference(jpeg, window, np.arange(tokens), geometry) for jpeg, window in zip(photo_jpegs, windows, strict=True)
+    ]
     found = [psnr(one, other) for one, other in zip(decoded.patches.numpy(), expected, strict=True)]
     assert np.mean(found) >= LEAST_MEAN_PSNR[name], f"mean {np.mean(found):.1f} dB, least {min(found):.1f} dB"
     assert min(found) >= LEAST_MEAN_PSNR[name] - 8, f"mean {np.mean(found):.1f} dB, least {min(found):.1f} dB"
+
+
+MASKS: list[tuple[ImageReduction, bool]] = [("random", False), ("grid", False), ("grid", True), ("block", False)]
+
+
+def masked(
+    name: str, jpegs: Sequence[bytes], geometry: Geometry, decode_window: bool = True
+) -> tuple[np.ndarray, Windows, Positions]:
+    """The (patches, whole crops, positions) of a batch by a masking geometry."""
+    widths, heights = sides(jpegs)
+    ids = np.arange(len(jpegs))
+    windows, positions = crops(jpegs), kept_positions(0, ids * 0, ids, geometry)
+    if name == "dali":
+        decoder: Decoder = DaliDecoder(geometry, len(jpegs), decode_window=decode_window)
+    else:
+        decoder = TurboDecoder(geometry)
+    part = decoded_windows(windows, positions, geometry)
+    decoded = decoder.decode(jpegs, part, positions, widths, heights)
+    assert decoded.faults == {}
+    assert decoded.patches.shape == (len(jpegs), geometry.tokens, geometry.patch_values)
+    assert decoded.patches.is_contiguous()
+    return decoded.patches.numpy(), windows, positions
+
+
+@pytest.mark.parametrize("name", ["dali", "turbo"])
+@pytest.mark.parametrize(("reduction", "jitter"), MASKS)
+def test_masked_patches_are_close_to_the_reference(
+    photo_jpegs: list[bytes], name: str, reduction: ImageReduction, jitter: bool
+) -> None:
+    jpegs = photo_jpegs[:20]
+    geometry = token_geometry(49, image_reduction=reduction, grid_jitter=jitter)
+    patches, windows, positions = masked(name, jpegs, geometry)
+    expected = [reference(*each, geometry) for each in zip(jpegs, windows, positions, strict=True)]
+    found = [psnr(one, other) for one, other in zip(patches, expected, strict=True)]
+    assert np.mean(found) >= LEAST_MEAN_PSNR[name], f"mean {np.mean(found):.1f} dB, least {min(found):.1f} dB"
+
+
+@pytest.mark.parametrize("name", ["dali", "turbo"])
+@pytest.mark.parametrize(("reduction", "jitter"), MASKS)
+def test_kept_patches_are_those_of_the_same_decoders_whole_image(
+    photo_jpegs: list[bytes], name: str, reduction: ImageReduction, jitter: bool
+) -> None:
+    jpegs = photo_jpegs[:20]
+    geometry = token_geometry(49, image_reduction=reduction, grid_jitter=jitter)
+    patches, windows, positions = masked(name, jpegs, geometry)
+    widths, heights = sides(jpegs)
+    whole_decoder = new_decoder(name, geometry.unmasked(), len(jpegs))
+    whole = whole_decoder.decode(jpegs, windows, every(jpegs, 196), widths, heights).patches.numpy()
+    expected = np.take_along_axis(whole, positions[..., None].astype(np.int64), axis=1)
+    if reduction != "block":
+        assert (patches == expected).all()
+    else:  # decoded on its own: the same to a level or so, by the rounding of other window sizes
+        off = np.abs(patches.astype(int) - expected)
+        assert psnr(patches, expected) > 55, f"{psnr(patches, expected):.1f} dB, up to {off.max()} levels"
+        assert off.max() <= BLOCK_LEVELS[name], f"off by {off.max()} levels"
+
+
+@pytest.mark.parametrize("reduction", ["resize", "random", "block"])
+def test_decoding_whole_images_gives_the_same_as_windows(photo_jpegs: list[bytes], reduction: ImageReduction) -> None:
+    """The way round a GPU decoder that cannot do windows."""
+    jpegs = photo_jpegs[:20]
+    geometry = token_geometry(49, image_reduction=reduction)
+    window, whole = (masked("dali", jpegs, geometry, decode_window)[0] for decode_window in (True, False))
+    assert psnr(window, whole) > 55, f"{psnr(window, whole):.1f} dB"
 
 
 @pytest.mark.parametrize("name", ["dali", "turbo"])
@@ -52,9 +126,11 @@ def test_a_slot_does_not_depend_on_its_batch(photo_jpegs: list[bytes], name: str
     widths, heights = sides(photo_jpegs)
     windows = crops(photo_jpegs)
     decoder = new_decoder(name, geometry, len(photo_jpegs))
-    whole = decoder.decode(photo_jpegs, windows, widths, heights).patches
+    whole = decoder.decode(photo_jpegs, windows, every(photo_jpegs), widths, heights).patches
     part = slice(5, 12)
-    again = decoder.decode(photo_jpegs[part], windows[part], widths[part], heights[part]).patches
+    again = decoder.decode(
+        photo_jpegs[part], windows[part], every(photo_jpegs[part]), widths[part], heights[part]
+    ).patches
     assert (whole[part] == again).all()
 
 
@@ -64,14 +140,14 @@ def test_bad_images_are_named_and_the_others_unharmed(photo_jpegs: list[bytes], 
     widths, heights = sides(photo_jpegs)
     windows = crops(photo_jpegs)
     decoder = new_decoder(name, geometry, len(photo_jpegs))
-    expected = decoder.decode(photo_jpegs, windows, widths, heights).patches
+    expected = decoder.decode(photo_jpegs, windows, every(photo_jpegs), widths, heights).patches
     jpegs: list[bytes | None] = list(photo_jpegs)
     jpegs[3] = None
     for slot in (7, 8, 30):  # the header is whole, what follows is not even a scan
         good = photo_jpegs[slot]
         jpegs[slot] = good[: good.index(b"\xff\xda")] + b"\xff\xd9"
     for _ in range(2):  # the second time on a rebuilt pipeline
-        decoded = decoder.decode(jpegs, windows, widths, heights)
+        decoded = decoder.decode(jpegs, windows, every(jpegs), widths, heights)
         assert decoded.faults == dict.fromkeys((7, 8, 30), UNDECODABLE)
         kept = np.setdiff1d(np.arange(len(jpegs)), [3, 7, 8, 30])
         assert (decoded.patches[kept] == expected[kept]).all()
@@ -92,7 +168,9 @@ def test_orientation_tags_are_ignored(photographs: list[np.ndarray], name: str, 
     image.save(turned, "JPEG", quality=90, exif=exif)
     jpegs = [plain.getvalue(), turned.getvalue()]
     widths, heights = sides(jpegs)
-    decoded = new_decoder(name, token_geometry(16), 2).decode(jpegs, whole_windows(widths, heights), widths, heights)
+    decoded = new_decoder(name, token_geometry(16), 2).decode(
+        jpegs, whole_windows(widths, heights), every(jpegs), widths, heights
+    )
     assert decoded.faults == {}
     assert (decoded.patches[0] == decoded.patches[1]).all()
 
@@ -112,14 +190,14 @@ def test_grey_progressive_and_bit_rot_are_decoded(photo_jpegs: list[bytes], name
     jpegs = [grey.getvalue(), progressive.getvalue(), bytes(rotten)]
     widths, heights = sides(jpegs)
     windows = whole_windows(widths, heights)
-    decoded = new_decoder(name, token_geometry(16), 3).decode(jpegs, windows, widths, heights)
+    decoded = new_decoder(name, token_geometry(16), 3).decode(jpegs, windows, every(jpegs), widths, heights)
     assert decoded.faults == {}
     for slot in (0, 1):
-        expected = reference(jpegs[slot], windows[slot], token_geometry(16))
+        expected = reference(jpegs[slot], windows[slot], np.arange(16), token_geometry(16))
         assert psnr(decoded.patches[slot].numpy(), expected) > LEAST_MEAN_PSNR[name] - 8
 
 
 def test_scale_is_the_smallest_that_covers_the_target() -> None:
     sizes = np.array([[64.0, 64.0], [128, 128], [80, 500], [512, 512], [5000, 5000], [63, 90], [96, 200]])
     windows = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
-    assert scale_eighths(windows, 64).tolist() == [8, 4, 7, 1, 1, 8, 6]
+    assert scale_eighths(windows, (64, 64)).tolist() == [8, 4, 7, 1, 1, 8, 6]

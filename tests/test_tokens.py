@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import torch
 
-from pipeline.tokens import CropRange, crop_windows, patchify, token_geometry, whole_windows
+from pipeline.tokens import ImageReduction, gather_patches, patchify, token_geometry
 
 
 @pytest.mark.parametrize(
@@ -24,36 +23,46 @@ def test_what_cannot_be_names_the_nearest_that_can() -> None:
         token_geometry(16, image_size=224)
     with pytest.raises(ValueError, match="--tokens 0 is below 1"):
         token_geometry(0)
-    with pytest.raises(ValueError, match="crop area"):
-        CropRange(area=(0.5, 1.5))
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.integers(1, 4000), st.integers(1, 4000), st.integers(0, 2**40))
-def test_windows_lie_inside_the_image_and_keep_the_ranges(width: int, height: int, seed: int) -> None:
-    ids = np.arange(64)
-    crop = CropRange()
-    windows = crop_windows(seed, ids * 0, ids, np.full(64, width, np.int32), np.full(64, height, np.int32), crop)
-    left, top, w, h = windows.T
-    assert (left >= 0).all()
-    assert (top >= 0).all()
-    assert (left + w <= width * (1 + 1e-12)).all()
-    assert (top + h <= height * (1 + 1e-12)).all()
-    if max(width, height) * crop.ratio[0] <= min(width, height):  # else the centred fallback may be smaller
-        assert (w * h >= crop.area[0] * width * height * (1 - 1e-9)).all()
-    assert (w / h >= crop.ratio[0] * (1 - 1e-9)).all()
-    assert (w / h <= crop.ratio[1] * (1 + 1e-9)).all()
+@pytest.mark.parametrize(
+    ("reduction", "tokens", "image_size", "message"),
+    [
+        ("random", 300, None, "--tokens 300 exceeds the 196 patches of a 224-pixel image at patch 16; lower"),
+        ("random", 49, 220, "--image-size 220 is no multiple of patch 16; the nearest are 208 and 224"),
+        ("grid", 50, None, "--tokens 50 is not 1/4 or 1/2 of the 196 patches.*; the nearest are 49 and 98"),
+        ("grid", 56, 240, "an even number of patches a side, not 15"),
+        ("block", 17, None, "--tokens 17 makes no block .* in 14 x 14 patches; the nearest are 16 and 18"),
+        ("block", 98, 160, "--tokens 98 makes no block|--tokens 98 .* nearest are 90 and 100"),
+    ],
+)
+def test_masks_that_cannot_be_name_the_nearest_that_can(
+    reduction: ImageReduction, tokens: int, image_size: int | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        token_geometry(tokens, image_reduction=reduction, image_size=image_size)
 
 
-def test_windows_change_with_the_epoch_and_cover_the_range() -> None:
-    ids = np.arange(4000)
-    side = np.full(4000, 128, np.int32)
-    first, second = (crop_windows(5, np.full(4000, epoch), ids, side, side, CropRange()) for epoch in (0, 1))
-    assert (first != second).any(axis=1).mean() > 0.99
-    share = first[:, 2] * first[:, 3] / 128**2
-    assert share.min() < 0.41
-    assert share.max() > 0.98
-    assert (whole_windows(side, side)[0] == [0, 0, 128, 128]).all()
+def test_jitter_is_for_grid_alone() -> None:
+    with pytest.raises(ValueError, match="--grid-jitter is for --image-reduction grid, not block"):
+        token_geometry(49, image_reduction="block", grid_jitter=True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block"), [(49, (7, 7)), (36, (6, 6)), (16, (4, 4)), (98, (7, 14)), (196, (14, 14))]
+)
+def test_blocks_are_near_square(tokens: int, block: tuple[int, int]) -> None:
+    geometry = token_geometry(tokens, image_reduction="block")
+    assert geometry.decoded_grid == block
+    assert geometry.grid == (14, 14)
+    assert geometry.keeps_all_decoded
+
+
+@pytest.mark.parametrize("reduction", ["random", "grid", "block"])
+def test_evaluation_sees_the_whole_grid(reduction: ImageReduction) -> None:
+    masked, whole = token_geometry(49, image_reduction=reduction), token_geometry(196)
+    assert masked.unmasked() == whole
+    assert whole.unmasked() == whole
 
 
 def test_patchify_is_the_grid_cut() -> None:
@@ -65,3 +74,17 @@ def test_patchify_is_the_grid_cut() -> None:
         row, column = divmod(position, 3)
         cut = pixels[:, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
         assert (patches[:, position].reshape(2, 16, 16, 3) == cut).all()
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_gathering_is_patchify_then_choice(as_tensor: bool) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (3, 64, 96, 3), np.uint8)
+    positions = rng.integers(0, 24, (3, 7)).astype(np.int16)
+    expected = np.take_along_axis(patchify(pixels, 16), positions[..., None].astype(np.int64), axis=1)
+    if as_tensor:
+        found = gather_patches(torch.from_numpy(pixels), torch.from_numpy(positions.astype(np.int64)), 16).numpy()
+    else:
+        found = gather_patches(pixels, positions, 16)
+    assert (found == expected).all()
+    assert found.flags.c_contiguous

@@ -16,8 +16,10 @@ import tyro
 
 from model.attention import attention_backend
 from model.presets import model_config
+from pipeline.colour import ColourJitter
 from pipeline.order import default_lanes
-from pipeline.tokens import CropRange, Geometry, token_geometry
+from pipeline.plan import CropRange
+from pipeline.tokens import Geometry, ImageReduction, token_geometry
 
 STARTER = "data/emoji/train"
 """What --data is when nobody says: made on first use."""
@@ -43,10 +45,12 @@ class Config:
     """Which encoders, by name."""
     tokens: int = 16
     """Image tokens kept per image; the class token is not counted."""
-    image_reduction: Literal["resize"] = "resize"
-    """How image tokens are thrown away before the encoder."""
+    image_reduction: ImageReduction = "resize"
+    """How image tokens are thrown away before the encoder: a smaller image, or some patches of one at --image-size."""
     image_size: int | None = None
-    """Side of the square image, in pixels; follows from --tokens."""
+    """Side of the square image, in pixels. By resize it follows from --tokens; else it is 224 by default."""
+    grid_jitter: bool = False
+    """Grid reduction only: draw which patches of each 2 x 2 window are kept, instead of the same everywhere."""
     text_tokens: int = 16
     """Text tokens per caption, special tokens counted."""
     captions: Literal["any", "first"] = "any"
@@ -57,6 +61,12 @@ class Config:
     """Random crop: smallest and largest share of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Random crop: smallest and largest width/height."""
+    colour_jitter: float = 0.0
+    """Share of the images whose colours are jittered; CLIPA's larger models use 0.8."""
+    colour_strength: tuple[float, float, float, float] = (0.32, 0.32, 0.32, 0.08)
+    """By how much: brightness, contrast, saturation (factors 1 - x to 1 + x), hue (share of a full turn)."""
+    greyscale: float = 0.0
+    """Share of the images that lose their colour; CLIPA's larger models use 0.2."""
     batch_size: int = 1024
     """Global batch, in image-text pairs."""
     lanes: int | None = None
@@ -118,17 +128,25 @@ class Config:
     def geometry(self) -> Geometry:
         patch = model_config(self.model).image.patch
         return token_geometry(
-            self.tokens, image_reduction=self.image_reduction, image_size=self.image_size, patch=patch
+            self.tokens,
+            image_reduction=self.image_reduction,
+            image_size=self.image_size,
+            patch=patch,
+            grid_jitter=self.grid_jitter,
         )
 
     @property
     def crop(self) -> CropRange:
         return CropRange(self.crop_area, self.crop_ratio)
 
+    @property
+    def colour(self) -> ColourJitter:
+        return ColourJitter(self.colour_jitter, *self.colour_strength, greyscale=self.greyscale)
+
     def check(self) -> None:
         """Raises ValueError, in one line, for values that cannot be or do not go together; touches no data."""
         model_config(self.model)
-        _ = self.geometry, self.crop
+        _ = self.geometry, self.crop, self.colour
         if (self.steps is None) == (self.samples is None):
             given = "neither --steps nor --samples is given" if self.steps is None else "both --steps and --samples"
             raise ValueError(f"{given}; give one of them: how long to train")
