@@ -134,8 +134,23 @@ def test_a_slot_does_not_depend_on_its_batch(photo_jpegs: list[bytes], name: str
     assert (whole[part] == again).all()
 
 
-@pytest.mark.parametrize("name", ["dali", "turbo"])
-def test_bad_images_are_named_and_the_others_unharmed(photo_jpegs: list[bytes], name: str) -> None:
+def without_scan(jpeg: bytes) -> bytes:
+    return jpeg[: jpeg.index(b"\xff\xda")] + b"\xff\xd9"
+
+
+def with_empty_scan(jpeg: bytes) -> bytes:
+    return jpeg[: jpeg.index(b"\xff\xda") + 14]
+
+
+# libjpeg fills a scan that ends too soon with grey; DALI gives up, and loses its pipeline.
+BAD = {
+    "dali": {"no scan": without_scan, "empty scan": with_empty_scan, "noise": lambda _: b"\xff\xd8\xff" + bytes(999)},
+    "turbo": {"no scan": without_scan, "noise": lambda _: b"\xff\xd8\xff" + bytes(999)},
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kinds in BAD.items() for kind in kinds])
+def test_bad_images_are_named_and_the_others_unharmed(photo_jpegs: list[bytes], name: str, kind: str) -> None:
     geometry = token_geometry(16)
     widths, heights = sides(photo_jpegs)
     windows = crops(photo_jpegs)
@@ -143,14 +158,23 @@ def test_bad_images_are_named_and_the_others_unharmed(photo_jpegs: list[bytes], 
     expected = decoder.decode(photo_jpegs, windows, every(photo_jpegs), widths, heights).patches
     jpegs: list[bytes | None] = list(photo_jpegs)
     jpegs[3] = None
-    for slot in (7, 8, 30):  # the header is whole, what follows is not even a scan
-        good = photo_jpegs[slot]
-        jpegs[slot] = good[: good.index(b"\xff\xda")] + b"\xff\xd9"
-    for _ in range(2):  # the second time on a rebuilt pipeline
+    for slot in (7, 8, 30):
+        jpegs[slot] = BAD[name][kind](photo_jpegs[slot])
+    for _ in range(3):  # the second time on a rebuilt pipeline
         decoded = decoder.decode(jpegs, windows, every(jpegs), widths, heights)
         assert decoded.faults == dict.fromkeys((7, 8, 30), UNDECODABLE)
         kept = np.setdiff1d(np.arange(len(jpegs)), [3, 7, 8, 30])
         assert (decoded.patches[kept] == expected[kept]).all()
+
+
+def test_dali_refuses_an_image_of_another_size_than_indexed(photo_jpegs: list[bytes]) -> None:
+    jpegs = photo_jpegs[:3]
+    widths, heights = sides(jpegs)
+    windows = crops(jpegs)
+    decoded = DaliDecoder(token_geometry(16), 3).decode(
+        [jpegs[0], jpegs[2], jpegs[2]], windows, every(jpegs), widths, heights
+    )
+    assert decoded.faults == {1: "image is not of the size that was indexed"}
 
 
 @pytest.mark.parametrize("name", ["dali", "turbo"])
