@@ -4,6 +4,8 @@
 #   make test       lint, then the tests that take minutes at most
 #   make test-full  the long tests
 #   make lint       ruff and pyright alone
+#   make peers      .venv-peers, with what the loader benchmark compares with (on Linux a CUDA build of torch, 5 GB)
+#   make photographs  the benchmark's three shard sets, from Debian's wallpapers: data/photographs, 500 MB
 #   make clean      remove the environments and caches; `make clean-data` removes data/ and runs/
 #
 # The Python to build .venv with (3.11 or 3.12):  make test PYTHON=python3.12
@@ -12,13 +14,12 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test test-full lint clean clean-data
+.PHONY: demo test test-full lint peers photographs clean clean-data
 .NOTPARALLEL:
 
 demo: .venv/.installed
 	$(RUN) ingest.py datasets/emoji.toml --out data/emoji
-	@# Waiting OpenMP threads that spin would take a core from the thread that makes batches.
-	OMP_WAIT_POLICY=passive $(RUN) train.py --preset training/presets/demo.toml
+	$(RUN) train.py --preset training/presets/demo.toml
 	$(RUN) validate.py runs/demo --data data/emoji/zero_shot --baseline data/emoji/train \
 		--report runs/demo/report.png
 	$(RUN) validate.py runs/demo --data data/emoji/retrieval
@@ -34,6 +35,16 @@ lint: .venv/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
+
+photographs: .venv/.installed-dev
+	$(RUN) -m benchmarks.photographs
+
+peers: .venv-peers/.installed
+
+.venv-peers/.installed: requirements-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet -r requirements-peers.txt
+	@touch $@
 
 # What it takes to run: the starter's renderer, no development tools.
 .venv/.installed: pyproject.toml

@@ -16,6 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+# OpenMP threads that spin while they wait take a core from the thread that makes batches; torch reads it as it loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 from evaluation.classes import CLASS_NAMES_FILE

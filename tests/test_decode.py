@@ -225,3 +225,32 @@ def test_scale_is_the_smallest_that_covers_the_target() -> None:
     sizes = np.array([[64.0, 64.0], [128, 128], [80, 500], [512, 512], [5000, 5000], [63, 90], [96, 200]])
     windows = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
     assert scale_eighths(windows, (64, 64)).tolist() == [8, 4, 7, 1, 1, 8, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dali", "turbo"])
+def test_close_to_the_reference_on_the_starter(name: str) -> None:
+    """Flat art with hard edges, as the starter draws it: every 50th picture of the real packages."""
+    from pathlib import Path
+
+    from pipeline.ingest.art import collect
+    from pipeline.ingest.npm import cache_dir, fetch_all
+    from pipeline.ingest.recipe import load
+    from pipeline.ingest.scenes import paint, plan_portrait
+
+    recipe = load(Path(__file__).parents[1] / "datasets" / "emoji.toml")
+    try:
+        tarballs = fetch_all([recipe.labels, *recipe.styles], cache_dir())
+    except ValueError as error:
+        pytest.skip(str(error))
+    pictures = collect(recipe.labels, recipe.styles, tarballs)[::50]
+    drawn = [paint(plan_portrait(picture, 0, recipe.image_size), recipe.image_size)[0] for picture in pictures]
+    jpegs = [simplejpeg.encode_jpeg(pixels, recipe.jpeg_quality, colorsubsampling="420") for pixels in drawn]
+    geometry = token_geometry(16)
+    widths, heights = sides(jpegs)
+    windows = crops(jpegs)
+    patches = new_decoder(name, geometry, len(jpegs)).decode(jpegs, windows, every(jpegs), widths, heights).patches
+    pairs = zip(patches.numpy(), jpegs, windows, strict=True)
+    positions = np.arange(16, dtype=np.int16)
+    found = [psnr(one, reference(jpeg, window, positions, geometry)) for one, jpeg, window in pairs]
+    assert np.mean(found) >= LEAST_MEAN_PSNR[name], f"mean {np.mean(found):.1f} dB, least {min(found):.1f} dB"
