@@ -122,7 +122,7 @@ class DaliDecoder:
             pixels: Any = np.array(dali_tensor, copy=self.geometry.keeps_all_decoded)
             if self.geometry.keeps_all_decoded:
                 return torch.from_numpy(pixels)
-            # Outside the graph: multi_paste there costs seven times as much on the CPU, and ends at 64 patches.
+            # Outside the graph: multi_paste in it takes 60 us an image more (49 of 196), and ends at 64 patches.
             return torch.from_numpy(gather_patches(pixels, positions, self.geometry.patch))
         # Copied, since DALI gives the same buffer to the next run.
         pixels = torch.from_dlpack(dali_tensor)
