@@ -30,6 +30,7 @@ from pipeline.index import Index, open_index
 from pipeline.ingest.emoji import finished, make
 from pipeline.ingest.recipe import load
 from pipeline.loader import Loader, Settings
+from pipeline.mixture import Mixture, by_source, make_order
 from pipeline.order import Order
 from training import checkpoint, optim
 from training.config import STARTER, Config, parse, record, refuse_other_run, resolved
@@ -69,14 +70,28 @@ def train(config: Config) -> int:
         print(f"{run} is finished: {last.state['step']:,} steps, {last.state['samples_seen']:,} pairs; nothing to do")
         return 0
     make_starter(config)
-    index = open_index([Path(folder) for folder in config.data])
+    sources, shares = config.sources
+    index = open_index(sources)
     assert config.lanes is not None
     assert config.warmup_samples is not None
     assert config.decoder != "auto"
-    order = Order(index.shard_sizes, batch_size=config.batch_size, seed=config.seed, lanes=config.lanes)
+    order = make_order(
+        index.shard_sizes, index.source_shards, shares, batch_size=config.batch_size, seed=config.seed,
+        lanes=config.lanes, resampled=config.resampled,
+    )  # fmt: skip
     geometry = config.geometry
+    encoders = model_config(config.model)
     settings = Settings(
-        geometry, config.text_tokens, config.decoder, config.crop, config.colour, config.captions, config.seed
+        geometry,
+        config.text_tokens,
+        config.decoder,
+        crop=config.crop,
+        colour=config.colour,
+        captions=config.captions,
+        text_reduction=config.text_reduction,
+        tokenizer=encoders.text.tokenizer,
+        vocabulary=config.vocabulary,
+        seed=config.seed,
     )
     loader = Loader(index, order, settings)
     held_out = None
@@ -87,7 +102,6 @@ def train(config: Config) -> int:
 
     torch.manual_seed(config.seed)
     device = torch.device(config.device)
-    encoders = model_config(config.model)
     model = CLIP(encoders, grid=geometry.grid, text_tokens=config.text_tokens, attention=config.attention).to(device)
     forward = torch.compile(model) if config.compile else model
     optimizer = optim.build(model, weight_decay=config.weight_decay, beta2=config.beta2)
@@ -217,12 +231,12 @@ def clear(run: Path) -> None:
 def make_starter(config: Config) -> None:
     """Makes the starter data, or the rest of it, where a run asks for it."""
     folder = Path(STARTER).parent
-    if STARTER in config.data and finished(folder) is None:
+    if STARTER in config.sources[0] and finished(folder) is None:
         print(f"--data {STARTER} is not there yet: making the starter (once, about a minute)", flush=True)
         make(load(Path(__file__).parent / "datasets" / "emoji.toml"), folder, os.cpu_count() or 1)
 
 
-def describe(config: Config, model: CLIP, index: Index, order: Order) -> None:
+def describe(config: Config, model: CLIP, index: Index, order: Order | Mixture) -> None:
     """Prints every value that follows from others."""
     geometry, count = config.geometry, model.num_parameters()
     image, text = gflops_per_pair(model.config, config.tokens, config.text_tokens)
@@ -240,11 +254,8 @@ def describe(config: Config, model: CLIP, index: Index, order: Order) -> None:
     print(f"compute   {3 * (image + text):.3f} GFLOPs a pair and step (forward: image {image:.3f}, text {text:.3f})")
     left_out = "".join(f", {count:,} {reason}" for reason, count in index.rejected.items())
     print(f"data      {index.num_usable:,} pairs in {len(index.shards)} shards{left_out}")
-    print(
-        f"length    {config.total_steps:,} steps of {config.batch_size:,} pairs: "
-        f"{config.total_steps * config.batch_size / order.num_samples:.1f} epochs in {order.lanes} lanes, "
-        f"{order.left_out} pairs of each left out by them"
-    )
+    for line in length_lines(config, index, order):
+        print(line)
     for shard in index.shards:
         if shard.problem:
             print(f"          {shard.path}: {shard.problem}; {shard.usable:,} samples before that are used")
@@ -253,6 +264,33 @@ def describe(config: Config, model: CLIP, index: Index, order: Order) -> None:
         f"attention {config.attention}; {torch.get_num_threads()} threads",
         flush=True,
     )
+
+
+def length_lines(config: Config, index: Index, order: Order | Mixture) -> list[str]:
+    """How long the run is, and how often it goes through each source."""
+    total = config.total_steps * config.batch_size
+    pairs = [int(sizes.sum()) for sizes in by_source(index.shard_sizes, index.source_shards)]
+    if isinstance(order, Mixture):
+        by, length = "weight", "shares by weight"
+        seen: list[float] = [*order.samples_by_source(config.total_steps)]
+        left_out = [f", {source.left_out} pairs of each left out by the lanes" for source in order.sources]
+        end = ""
+    else:
+        by, length = "size", f"{total / order.num_samples:.1f} epochs"
+        seen, left_out = [total * own / index.num_usable for own in pairs], [""] * len(pairs)
+        end = f", {order.left_out} pairs of each left out by them"
+    lines = [
+        f"source    {source}: {own:,} pairs in {shards:,} shards; {samples / total:.3%} of the run by {by}, "
+        f"{samples / own:.1f} epochs{rest}"
+        for source, own, shards, samples, rest in zip(
+            config.sources[0], pairs, index.source_shards, seen, left_out, strict=True
+        )
+    ]
+    return [
+        *(lines if len(lines) > 1 else []),
+        f"length    {config.total_steps:,} steps of {config.batch_size:,} pairs: {length}"
+        f"{', resampled' if config.resampled else ''} in {order.lanes} lanes{end}",
+    ]
 
 
 def log_line(values: dict[str, Any], total_steps: int, device: torch.device) -> str:

@@ -85,7 +85,7 @@ class ShardSet:
 
     def text_features(self, model: CLIP, captions: Sequence[bytes]) -> torch.Tensor:
         """Returns the features of captions, float32 [len(captions), E]."""
-        ids = torch.from_numpy(self.loader.tokenizer.encode(captions))
+        ids = torch.from_numpy(self.loader.encoder.encode(captions))
         device = model.logit_scale.device
         with evaluating(model):
             return torch.cat([model.encode_text(part.to(device)).cpu() for part in ids.split(EVALUATION_BATCH_SIZE)])
@@ -202,7 +202,7 @@ def load_run(run: Path, config: Validate) -> tuple[CLIP, Settings, int]:
     )
     model = CLIP(encoders, grid=geometry.grid, text_tokens=recorded["text_tokens"])
     model.load_state_dict(last.model_tensors())
-    settings = Settings(geometry, recorded["text_tokens"], config.decoder)
+    settings = Settings(geometry, recorded["text_tokens"], config.decoder, tokenizer=encoders.text.tokenizer)
     return model.to(device), settings, last.state["step"]
 
 

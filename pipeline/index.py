@@ -1,71 +1,131 @@
-"""Shard sets in, their samples by id out: an index built once by scan.py and read as batches ask for shards.
+"""Shard sets in, their samples by id out: an index that build.py makes once, read as batches ask for shards.
 
-It is kept as `_index.parquet` beside the shards (in a cache folder where those are read-only), one row group a shard.
-Captions stay in the shards. An open index costs about 1 KB a shard plus the rows of the shards in use.
+It is kept as `_index.parquet` beside the shards (in a cache folder where those are remote or read-only), one row group
+a shard; a set of over 1,024 shards has several such files. Captions stay in the shards. An open index costs about
+1.5 KB a shard plus the rows of the shards in use, about 60 bytes a sample.
 """
 
 import functools
 import hashlib
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
-from .files import replacing
-from .scan import SCHEMA, ShardInfo, index_shard
+from .build import INDEX_NAME, PART_SHARDS, open_parts
+from .scan import ShardInfo
+from .store import Limits, Store
 
-INDEX_NAME = "_index.parquet"
-VERSION = 1
-"""Raise it when the same shards give other rows: older files are built anew."""
+__all__ = ["INDEX_NAME", "Index", "IntArray", "Keys", "ShardRows", "open_index"]
+
+_SHARDS_READ = 384
+"""Whose rows are kept in memory: 64 lanes read 4 shards each, and threads run a little ahead."""
 
 IntArray = npt.NDArray[np.int64]
 
 
+class Keys(Sequence[str]):
+    """The keys of a shard, kept as Arrow keeps them: a sixth of a list of str."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        return Keys(self._array[index]) if isinstance(index, slice) else self._array[index].as_py()
+
+
+ROW = np.dtype(
+    [
+        ("image_offset", np.int64),
+        ("image_bytes", np.int32),
+        ("width", np.int32),
+        ("height", np.int32),
+        ("caption_first", np.int32),
+        ("num_captions", np.int32),
+    ]
+)
+"""What a batch needs of a sample, side by side: one gather a shard instead of six."""
+
+
 @dataclass(frozen=True)
 class ShardRows:
-    """The rows of one shard, as columns."""
+    """The rows of one shard."""
 
-    keys: list[str]
-    usable: IntArray
+    keys: Keys
+    usable: npt.NDArray[np.int32]
     """Rows that can be trained on."""
-    image_offset: IntArray
-    image_bytes: IntArray
-    width: npt.NDArray[np.int32]
-    height: npt.NDArray[np.int32]
-    caption_first: IntArray
-    """Row r's captions are [caption_first[r], caption_first[r + 1]) of the next two."""
+    samples: npt.NDArray[Any]
+    """ROW [rows]."""
     caption_offset: IntArray
-    caption_bytes: IntArray
+    """Row r's captions are [caption_first, caption_first + num_captions) of this and the next."""
+    caption_bytes: npt.NDArray[np.int32]
     class_id: npt.NDArray[np.int32]
     """-1 where the sample has none."""
+
+    @property
+    def image_offset(self) -> IntArray:
+        return self.samples["image_offset"]
+
+    @property
+    def image_bytes(self) -> npt.NDArray[np.int32]:
+        return self.samples["image_bytes"]
+
+    @property
+    def width(self) -> npt.NDArray[np.int32]:
+        return self.samples["width"]
+
+    @property
+    def height(self) -> npt.NDArray[np.int32]:
+        return self.samples["height"]
+
+    @property
+    def caption_first(self) -> npt.NDArray[np.int32]:
+        return self.samples["caption_first"]
+
+    @property
+    def num_captions(self) -> npt.NDArray[np.int32]:
+        return self.samples["num_captions"]
 
 
 class Index:
     """The samples of one or more shard sets. A sample's id is its row, counted over all shards in order."""
 
-    def __init__(self, shards: Sequence[ShardInfo], parquet_of: Sequence[tuple[Path, int]]) -> None:
+    def __init__(
+        self,
+        shards: Sequence[ShardInfo],
+        parquet_of: Sequence[tuple[Path, int]],
+        source_shards: Sequence[int],
+        store: Store,
+    ) -> None:
         """parquet_of: for each shard, the index file and the row group that holds its rows."""
         self.shards = tuple(shards)
+        self.source_shards = tuple(source_shards)
+        """How many of the shards each source has, in order."""
+        self.store = store
+        self.remote = any("://" in shard.path for shard in shards)
+        """Whether some of the shards are fetched into the cache before they are read."""
         self._parquet_of = tuple(parquet_of)
-        paths = {path for path, _ in parquet_of}
-        self._written = {path: _stat(path) for path in paths}
-        # A footer describes every shard of its set: read once, not with each shard's rows.
-        self._footers = {path: pq.read_metadata(path) for path in paths}
+        self._written = {path: _stat(path) for path in {path for path, _ in parquet_of}}
+        # A footer describes every shard of its file: read once, not with each shard's rows.
+        self._footer = functools.lru_cache(maxsize=64)(pq.read_metadata)
         self.shard_sizes: IntArray = np.array([shard.usable for shard in shards], np.int64)
         self.first_ids: IntArray = np.concatenate([[0], np.cumsum([shard.samples for shard in shards])]).astype(
             np.int64
         )
         self.num_samples = int(self.first_ids[-1])
         self.num_usable = int(self.shard_sizes.sum())
-        self.rows = functools.lru_cache(maxsize=512)(self._read_rows)
+        self.rows = functools.lru_cache(maxsize=_SHARDS_READ)(self._read_rows)
 
     @property
     def digest(self) -> str:
@@ -101,37 +161,51 @@ class Index:
             raise ValueError(
                 f"{path} was built anew while it was in use: the shards changed; run the same command again"
             )
-        table = pq.ParquetFile(path, metadata=self._footers[path]).read_row_group(group)
+        table = pq.ParquetFile(path, metadata=self._footer(path)).read_row_group(group)
         captions = table["caption_offset"].combine_chunks()
-        usable = np.flatnonzero(table["reason"].is_null().to_numpy())
+        samples = np.empty(len(table), ROW)
+        for name in ("image_offset", "image_bytes", "width", "height"):
+            samples[name] = table[name].to_numpy()
+        samples["num_captions"] = captions.value_lengths().to_numpy(zero_copy_only=False)
+        samples["caption_first"] = np.cumsum(samples["num_captions"]) - samples["num_captions"]
         return ShardRows(
-            keys=table["key"].to_pylist(),
-            usable=usable.astype(np.int64),
-            image_offset=table["image_offset"].to_numpy(),
-            image_bytes=table["image_bytes"].to_numpy().astype(np.int64),
-            width=table["width"].to_numpy(),
-            height=table["height"].to_numpy(),
-            caption_first=np.concatenate([[0], np.cumsum(captions.value_lengths().to_numpy(zero_copy_only=False))]),
+            keys=Keys(table["key"].combine_chunks()),
+            usable=np.flatnonzero(table["reason"].is_null().to_numpy()).astype(np.int32),
+            samples=samples,
             caption_offset=captions.flatten().to_numpy(),
-            caption_bytes=table["caption_bytes"].combine_chunks().flatten().to_numpy().astype(np.int64),
+            caption_bytes=table["caption_bytes"].combine_chunks().flatten().to_numpy(),
             class_id=table["class_id"].fill_null(-1).to_numpy(),
         )
 
 
-def open_index(folders: Sequence[Path], progress: bool = True) -> Index:
-    """Returns the index of the shard sets in `folders`, building what is missing or out of date.
+def open_index(
+    sources: Sequence[str | Path],
+    progress: bool = True,
+    *,
+    workers: int | None = None,
+    limits: Limits | None = None,
+    part_shards: int = PART_SHARDS,
+) -> Index:
+    """Returns the index of shard sets, building what is missing or out of date.
 
-    Raises ValueError in one line for a folder without shards and for shards without one usable sample.
+    sources: local folders, or URLs as Store.shards takes them. workers: processes that build; None for as many as pay.
+    part_shards: of one index file.
+    Raises ValueError in one line for a source without shards and for shards without one usable sample.
     """
+    store = Store(limits or Limits())
     shards: list[ShardInfo] = []
     parquet_of: list[tuple[Path, int]] = []
-    for folder in folders:
-        infos, parquet = _folder_index(folder, progress)
+    source_shards: list[int] = []
+    for source in sources:
+        listed = store.shards(source)
+        parts = open_parts(source, listed, store, progress=progress, workers=workers, part_shards=part_shards)
+        infos = [info for _, part in parts for info in part]
         if not any(info.usable for info in infos):
-            raise ValueError(f"{folder}: none of the samples in its {len(infos)} shards can be used: {_why(infos)}")
+            raise ValueError(f"{source}: none of the samples in its {len(infos)} shards can be used: {_why(infos)}")
         shards += infos
-        parquet_of += [(parquet, group) for group in range(len(infos))]
-    return Index(shards, parquet_of)
+        parquet_of += [(path, group) for path, part in parts for group in range(len(part))]
+        source_shards.append(len(infos))
+    return Index(shards, parquet_of, source_shards, store)
 
 
 def _why(infos: Sequence[ShardInfo]) -> str:
@@ -141,73 +215,7 @@ def _why(infos: Sequence[ShardInfo]) -> str:
     return ", ".join(reasons[:4]) or "they are empty"
 
 
-def _folder_index(folder: Path, progress: bool) -> tuple[list[ShardInfo], Path]:
-    if not folder.is_dir():
-        raise ValueError(f"--data {folder}: no such folder; `python ingest.py datasets/emoji.toml --out DIR` makes one")
-    paths = sorted(path for path in folder.glob("*.tar") if path.is_file())
-    if not paths:
-        inside = sorted(path.parent.name for path in folder.glob("*/*.tar"))
-        advice = f"its folder {folder / inside[0]} has some" if inside else "give the folder that holds NNNNN.tar files"
-        raise ValueError(f"--data {folder}: no .tar shards in it; {advice}")
-    for path in (folder / INDEX_NAME, _cache_path(folder)):
-        infos = _load(path, folder)
-        if infos is not None and [_identity(info) for info in infos] == [_stat(path) for path in paths]:
-            return infos, path
-    return _build(folder, paths, progress)
-
-
-def _identity(info: ShardInfo) -> tuple[str, int, int]:
-    return Path(info.path).name, info.shard_bytes, info.mtime_ns
-
-
-def _stat(path: Path) -> tuple[str, int, int]:
-    """What tells one state of a file from another: name, bytes, time."""
+def _stat(path: Path) -> tuple[int, int]:
+    """What tells one state of a file from another: bytes, time."""
     status = path.stat()
-    return path.name, status.st_size, status.st_mtime_ns
-
-
-def _load(path: Path, folder: Path) -> list[ShardInfo] | None:
-    """The shards that an index file describes; None where there is none that this version can use."""
-    try:
-        metadata = pq.read_metadata(path).metadata or {}
-    except (OSError, pa.ArrowInvalid):
-        return None
-    if metadata.get(b"shortclip.version") != str(VERSION).encode():
-        return None
-    # The folder may have been moved or copied with its index, so the file knows shards by name only.
-    entries: list[dict[str, Any]] = json.loads(metadata[b"shortclip.shards"])
-    for entry in entries:
-        entry["path"] = str(folder / Path(entry["path"]).name)
-    return [ShardInfo(**entry) for entry in entries]
-
-
-def _build(folder: Path, paths: Sequence[Path], progress: bool) -> tuple[list[ShardInfo], Path]:
-    infos: list[ShardInfo] = []
-    home = _home(folder)
-    # Parquet's metadata is written last, so the shards' own records can travel in the same file.
-    with replacing(home) as file, pq.ParquetWriter(file, SCHEMA) as writer:
-        for path in tqdm(paths, desc=f"indexing {folder}", unit=" shards", disable=not progress or None):
-            table, info = index_shard(path)
-            # A shard without rows still gets its row group: groups are counted by shard.
-            writer.write_table(table, row_group_size=max(len(table), 1))
-            infos.append(info)
-        records = json.dumps([{**asdict(info), "path": Path(info.path).name} for info in infos])
-        writer.add_key_value_metadata({"shortclip.version": str(VERSION), "shortclip.shards": records})
-    for info in infos:
-        if info.problem:
-            tqdm.write(f"{info.path}: {info.problem}; {info.usable:,} samples before that are used")
-    return infos, home
-
-
-def _home(folder: Path) -> Path:
-    """Where a folder's index is kept: beside the shards, else in the cache."""
-    if os.access(folder, os.W_OK):
-        return folder / INDEX_NAME
-    path = _cache_path(folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def _cache_path(folder: Path) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "shortclip" / "index" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]}.parquet"
+    return status.st_size, status.st_mtime_ns

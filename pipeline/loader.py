@@ -10,19 +10,20 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
 from .batch import Batch, Rejection
-from .captions import WordPieceTruncate
+from .captions import Draws, TextReduction, TokenizerName, caption_encoder
 from .colour import NO_JITTER, ColourJitter, ColourMaps, apply_maps, colour_maps
 from .decode import Decoder
 from .decode_dali import DaliDecoder
 from .decode_turbo import TurboDecoder
 from .index import Index, IntArray
-from .order import Order
+from .order import BatchOrder
 from .plan import (
     DEFAULT_CROP,
     CropRange,
@@ -39,6 +40,8 @@ from .tokens import Geometry, Positions
 DecoderName = Literal["dali", "turbo"]
 
 EVALUATION_BATCH_SIZE = 256
+_FETCH_AHEAD_STEPS = 32
+"""How many steps before it is read a remote shard is asked for."""
 STAGES: tuple[str, ...] = ("order", "plan", "read", "decode", "colour", "captions")
 
 
@@ -53,6 +56,10 @@ class Settings:
     colour: ColourJitter = NO_JITTER
     captions: Literal["any", "first"] = "any"
     """Where a sample has several: one drawn each epoch, or always the first."""
+    text_reduction: TextReduction = "truncate"
+    tokenizer: TokenizerName = "wordpiece"
+    vocabulary: Path | None = None
+    """The tokenizer's vocabulary file; None for the installed one."""
     seed: int = 0
     device_id: int | None = None
     """The GPU on which DALI decodes; None for the CPU."""
@@ -68,19 +75,22 @@ class Loader:
     """Batches of a run. `batch(step)` makes one; `batches` makes them ahead, on threads."""
 
     def __init__(
-        self, index: Index, order: Order | None, settings: Settings, *, rank: int = 0, world_size: int = 1
+        self, index: Index, order: BatchOrder | None, settings: Settings, *, rank: int = 0, world_size: int = 1
     ) -> None:
         """order: of training batches; None where samples are only evaluated, one after the other.
 
         Raises ValueError where ranks cannot share the lanes, or a decoder or vocabulary is missing.
         """
         self.index, self.order = index, order
-        # Evaluation sees whole images.
-        self.settings = settings if order else replace(settings, geometry=settings.geometry.unmasked())
+        if order is None:  # evaluation sees whole images, and draws nothing
+            settings = replace(settings, geometry=settings.geometry.unmasked(), text_reduction="truncate")
+        self.settings = settings
         self.rank, self.world_size = rank, world_size
         self.local_batch_size = order.batch_size // world_size if order else EVALUATION_BATCH_SIZE
         self.reader = Reader(index)
-        self.tokenizer = WordPieceTruncate(settings.text_tokens)
+        self.encoder = caption_encoder(
+            settings.tokenizer, settings.text_tokens, settings.text_reduction, settings.vocabulary
+        )
         self.known_bad: dict[int, str] = {}
         """Sample id -> reason, of the images that no decoder could read."""
         self.stage_seconds = dict.fromkeys(STAGES, 0.0)
@@ -108,6 +118,7 @@ class Loader:
             ahead: deque[Future[Batch]] = deque()
             try:
                 for step in range(first_step, end_step):
+                    self._fetch_ahead(step, end_step)
                     ahead.append(pool.submit(self.batch, step))
                     if len(ahead) > threads + prefetch:
                         yield ahead.popleft().result()
@@ -116,6 +127,10 @@ class Loader:
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
+    def _fetch_ahead(self, step: int, end_step: int) -> None:
+        if self.index.remote and self.order is not None and (later := step + _FETCH_AHEAD_STEPS) < end_step:
+            self.reader.prefetch(np.unique(self.order.slots(later, self.rank, self.world_size).shard))
+
     def evaluation_batches(self, sample_ids: IntArray) -> Iterator[Batch]:
         """Yields the given samples in order: whole images squeezed to the square, first captions."""
         step = self.local_batch_size
@@ -123,20 +138,26 @@ class Loader:
             rows = self.reader.locate_ids(sample_ids[start : start + step])
             first = np.zeros_like(rows.sample_ids)
             positions = kept_positions(0, first, rows.sample_ids, self.settings.geometry)
-            plan = _Plan(whole_windows(rows.width, rows.height), positions, first, None)
+            plan = _Plan(whole_windows(rows.width, rows.height), positions, first, None, None)
             yield self._assemble(rows, plan, _StageClock(self.stage_seconds))
 
     def _plan(self, rows: Rows, epoch: IntArray) -> "_Plan":
         settings, ids = self.settings, rows.sample_ids
         windows = crop_windows(settings.seed, epoch, ids, rows.width, rows.height, settings.crop)
         positions = kept_positions(settings.seed, epoch, ids, settings.geometry)
-        allowed = rows.num_captions if settings.captions == "any" else np.ones_like(rows.num_captions)
         return _Plan(
             decoded_windows(windows, positions, settings.geometry),
             positions,
-            caption_choice(settings.seed, epoch, ids, allowed),
+            self.caption_choice(rows, epoch),
+            self.encoder.draws(settings.seed, epoch, ids),
             None if settings.colour.changes_nothing else colour_maps(settings.seed, epoch, ids, settings.colour),
         )
+
+    def caption_choice(self, rows: Rows, epoch: IntArray) -> IntArray:
+        """Returns which of its captions each sample shows in its epoch, int64 [batch]."""
+        if self.settings.captions == "first":
+            return np.zeros_like(rows.num_captions)
+        return caption_choice(self.settings.seed, epoch, rows.sample_ids, rows.num_captions)
 
     def _assemble(self, rows: Rows, plan: "_Plan", clock: "_StageClock") -> Batch:
         ids = rows.sample_ids.tolist()
@@ -153,7 +174,8 @@ class Loader:
         clock.lap("decode")
         patches = decoded.patches if plan.colours is None else apply_maps(decoded.patches, plan.colours)
         clock.lap("colour")
-        caption_ids = self.tokenizer.encode([b"" if isinstance(text, str) else text for text in captions])
+        texts = [b"" if isinstance(text, str) else text for text in captions]
+        caption_ids = self.encoder.encode(texts, plan.text_draws)
         clock.lap("captions")
         valid = np.ones(len(ids), np.bool_)
         valid[list(faults)] = False
@@ -186,6 +208,7 @@ class _Plan:
     positions: Positions
     caption: IntArray
     """[batch]: which of its captions each sample shows."""
+    text_draws: Draws | None
     colours: ColourMaps | None
 
 

@@ -22,6 +22,7 @@ class Stream(enum.IntEnum):
 
     CROP = 0
     CAPTION = 1
+    TEXT = 2
     KEPT = 3
     COLOUR = 4
 
@@ -61,4 +62,4 @@ def uniform(
     counter[..., 2] = epoch[:, None]
     counter[..., 3] = np.arange(blocks, dtype=np.uint32) | np.uint32(int(stream) << 16)
     words = philox_4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    return words.reshape(len(ids), -1)[:, :count].astype(np.float64) / 2.0**32
+    return words.reshape(len(ids), 4 * blocks)[:, :count].astype(np.float64) / 2.0**32

@@ -6,15 +6,22 @@ tried again and then stops the run, since leaving it out would make a resumed ru
 
 import errno
 import functools
+import itertools
 import os
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from .index import Index, IntArray
+from .cache import OpenFile
+from .index import ROW, Index, IntArray
 from .order import Slots
+from .store import ReadFailed
+
+__all__ = ["ReadFailed", "Reader", "Rows"]
 
 _READ_ATTEMPTS = 4
 _SHORTER = "shard shorter than its index"
@@ -36,23 +43,18 @@ class Rows:
     num_captions: IntArray
 
 
-class ReadFailed(ValueError):
-    """The store did not give the bytes after several tries. Never a bad sample."""
-
-
 class Reader:
     """Reads samples of an index. Safe for many threads; keeps a bounded number of shards open."""
 
     def __init__(self, index: Index, max_open: int = 256) -> None:
         self.index = index
-        self._open = functools.lru_cache(maxsize=max_open)(_Shard)
+        self._open = functools.lru_cache(maxsize=max_open)(_open_file)
 
     def locate(self, slots: Slots) -> Rows:
         """Returns the rows of slots that name samples by (shard, ordinal of its usable ones)."""
         row = np.empty_like(slots.ordinal)
-        for shard in np.unique(slots.shard):
-            here = slots.shard == shard
-            row[here] = self.index.rows(int(shard)).usable[slots.ordinal[here]]
+        for shard, here in _by_shard(slots.shard):
+            row[here] = self.index.rows(shard).usable[slots.ordinal[here]]
         return self._rows(slots.shard, row)
 
     def locate_ids(self, sample_ids: IntArray) -> Rows:
@@ -60,8 +62,16 @@ class Reader:
         shard = np.searchsorted(self.index.first_ids, sample_ids, "right").astype(np.int64) - 1
         return self._rows(shard, sample_ids - self.index.first_ids[shard])
 
+    def prefetch(self, shards: IntArray) -> None:
+        """Starts to fetch what of these shards is remote and not here; for those of batches to come."""
+        if self.index.remote:
+            self._bring(shards)
+
     def images(self, rows: Rows) -> list[bytes | str]:
-        """Returns the JPEG of each row, or the reason why it cannot be used."""
+        """Returns the JPEG of each row, or the reason why it cannot be used. Raises ReadFailed."""
+        if self.index.remote:
+            for shard in self._bring(rows.shard):
+                shard.result()
         jpegs: list[bytes | str] = []
         for shard, offset, size in zip(
             rows.shard.tolist(), rows.image_offset.tolist(), rows.image_bytes.tolist(), strict=True
@@ -80,12 +90,14 @@ class Reader:
 
         choice: int64 [batch], which of its captions, 0 <= choice < num_captions.
         """
-        captions: list[bytes | str] = []
-        at = (rows.caption_first + choice).tolist()
-        for shard, caption in zip(rows.shard.tolist(), at, strict=True):
+        at = rows.caption_first + choice
+        offsets, sizes = np.empty_like(at), np.empty_like(at)
+        for shard, here in _by_shard(rows.shard):
             columns = self.index.rows(shard)
-            size = int(columns.caption_bytes[caption])
-            text = self._read(shard, int(columns.caption_offset[caption]), size)
+            offsets[here], sizes[here] = columns.caption_offset[at[here]], columns.caption_bytes[at[here]]
+        captions: list[bytes | str] = []
+        for shard, offset, size in zip(rows.shard.tolist(), offsets.tolist(), sizes.tolist(), strict=True):
+            text = self._read(shard, offset, size)
             captions.append(text if len(text) == size else _SHORTER)
         return captions
 
@@ -93,25 +105,19 @@ class Reader:
         return self.index.rows(shard).keys[row]
 
     def _rows(self, shard: IntArray, row: IntArray) -> Rows:
-        names = ("image_offset", "image_bytes", "width", "height")
-        found = {name: np.empty(len(row), np.int64) for name in (*names, "caption_first", "num_captions")}
-        for each in np.unique(shard):
-            here = shard == each
-            columns, rows = self.index.rows(int(each)), row[here]
-            for name in names:
-                found[name][here] = getattr(columns, name)[rows]
-            found["caption_first"][here] = columns.caption_first[rows]
-            found["num_captions"][here] = columns.caption_first[rows + 1] - columns.caption_first[rows]
+        samples = np.empty(len(row), ROW)
+        for each, here in _by_shard(shard):
+            samples[here] = self.index.rows(each).samples[row[here]]
         return Rows(
             shard=shard,
             row=row,
             sample_ids=self.index.first_ids[shard] + row,
-            image_offset=found["image_offset"],
-            image_bytes=found["image_bytes"],
-            width=found["width"].astype(np.int32),
-            height=found["height"].astype(np.int32),
-            caption_first=found["caption_first"],
-            num_captions=found["num_captions"],
+            image_offset=samples["image_offset"].copy(),
+            image_bytes=samples["image_bytes"].astype(np.int64),
+            width=samples["width"].copy(),
+            height=samples["height"].copy(),
+            caption_first=samples["caption_first"].astype(np.int64),
+            num_captions=samples["num_captions"].astype(np.int64),
         )
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
@@ -119,7 +125,7 @@ class Reader:
         for attempt in range(_READ_ATTEMPTS):
             try:
                 # Held in a name until the read is done: an evicted shard closes when nobody holds it.
-                shard_file = self._open(path)
+                shard_file = self._remote(shard) if "://" in path else self._open(path)
                 return _read_fully(shard_file.descriptor, size, offset)
             except OSError as error:
                 if attempt == _READ_ATTEMPTS - 1 or error.errno == errno.ENOENT:
@@ -128,6 +134,27 @@ class Reader:
                     ) from None
                 time.sleep(0.1 * 4**attempt)
         raise AssertionError("unreachable")
+
+    def _remote(self, shard: int) -> OpenFile:
+        info = self.index.shards[shard]
+        return self.index.store.open(info.path, info.shard_bytes, info.identity)
+
+    def _bring(self, shards: IntArray) -> list["Future[OpenFile]"]:
+        infos = [self.index.shards[shard] for shard in np.unique(shards).tolist()]
+        missing = [
+            info for info in infos if "://" in info.path and not self.index.store.holds(info.path, info.identity)
+        ]
+        return self.index.store.bring((info.path, info.shard_bytes, info.identity) for info in missing)
+
+
+def _by_shard(shard: IntArray) -> Iterator[tuple[int, IntArray]]:
+    """Yields (shard, where in the batch it stands). A batch may read from hundreds: sorted once, not searched often."""
+    order = np.argsort(shard, kind="stable")
+    found = shard[order]
+    bounds = [0, *(np.flatnonzero(np.diff(found)) + 1).tolist(), len(found)]
+    for start, stop in itertools.pairwise(bounds):
+        if stop > start:
+            yield int(found[start]), order[start:stop]
 
 
 def _read_fully(descriptor: int, size: int, offset: int) -> bytes:
@@ -138,13 +165,5 @@ def _read_fully(descriptor: int, size: int, offset: int) -> bytes:
     return content
 
 
-class _Shard:
-    """An open file that closes when its last reader lets go: evicting one never pulls it from under a read."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+def _open_file(path: str) -> OpenFile:
+    return OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))

@@ -6,15 +6,18 @@ Reads tar headers and the heads and tails of the images, and decodes nothing. Ab
 import hashlib
 import json
 import mmap
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 import simplejpeg
 
 from . import tar
+from .sources import Shard, shard_name
 
 MAX_IMAGE_BYTES = 64 << 20
 MAX_PIXELS = 64_000_000
@@ -23,6 +26,9 @@ MIN_SIDE = 8
 MAX_ASPECT = 20
 MAX_CAPTION_BYTES = 8192
 """Longer captions are cut here before they are read: no text encoder sees more than a few hundred bytes."""
+MAX_MEMBERS = 400_000
+"""Of one shard; beyond, its samples are left out. Shards have 30,000; each member costs memory while one is read."""
+_ROWS_AT_ONCE = 1000
 _EOI_TAIL = 64
 """How far from the end the end mark may stand: some writers pad."""
 
@@ -46,8 +52,9 @@ class ShardInfo:
     """What is known of a shard without reading its rows."""
 
     path: str
+    """Of a local file, or the URL."""
     shard_bytes: int
-    mtime_ns: int
+    identity: str
     samples: int
     usable: int
     digest: str
@@ -57,49 +64,64 @@ class ShardInfo:
     problem: str | None = None
     """Why the shard could not be read to its end."""
 
+    @property
+    def name(self) -> str:
+        return shard_name(self.path)
 
-def index_shard(path: Path) -> tuple[Any, ShardInfo]:
+
+def index_shard(shard: Shard, descriptor: int, max_members: int = MAX_MEMBERS) -> tuple[Any, ShardInfo]:
     """Returns the rows of one shard, an Arrow table of SCHEMA, and what to know of it.
 
     Damage costs the samples behind it, never more. Raises OSError where the file cannot be read.
     """
-    status = path.stat()
-    rows: list[dict[str, Any]] = []
+    groups: dict[str, list[tuple[str, tar.Member]]] = {}
     problem: str | None = None
-    with path.open("rb") as file:
-        # An empty file cannot be mapped.
-        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if status.st_size else b""
-        groups: dict[str, list[tuple[str, tar.Member]]] = {}
-        try:
-            for member in tar.members(view):
-                key, extension = _split(member.name)
-                if extension:
-                    groups.setdefault(key, []).append((extension, member))
-        except tar.Damaged as damage:
-            problem = str(damage)
-        rows = [_row(key, group, view) for key, group in groups.items()]
-        if isinstance(view, mmap.mmap):
-            view.close()
-    table = pa.Table.from_pylist(rows, SCHEMA)
+    status = os.fstat(descriptor)
+    readable = stat.S_ISREG(status.st_mode) and status.st_size > 0  # an empty file cannot be mapped
+    view = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) if readable else b""
+    try:
+        if not stat.S_ISREG(status.st_mode):
+            raise tar.Damaged("not a file")
+        for count, member in enumerate(tar.members(view)):
+            if count == max_members:
+                raise tar.Damaged(f"more than {max_members:,} members")
+            key, extension = split_name(member.name)
+            if extension:
+                groups.setdefault(key, []).append((extension, member))
+    except tar.Damaged as damage:
+        problem = str(damage)
+    batches: list[Any] = []
     reasons: dict[str, int] = {}
-    for row in rows:
-        if row["reason"] is not None:
-            reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
-    digest = hashlib.sha256(json.dumps([path.name, rows], separators=(",", ":")).encode()).hexdigest()
-    usable = len(rows) - sum(reasons.values())
-    info = ShardInfo(str(path), status.st_size, status.st_mtime_ns, len(rows), usable, digest, reasons, problem)
+    digest = hashlib.sha256(f"[{json.dumps(shard.name)},[".encode())
+    # A thousand at a time: rows as Python objects take ten times what they take in Arrow.
+    waiting = iter(groups.items())
+    for start in range(0, len(groups), _ROWS_AT_ONCE):
+        rows = [_row(key, group, view) for key, group in islice(waiting, _ROWS_AT_ONCE)]
+        digest.update((("," if start else "") + json.dumps(rows, separators=(",", ":"))[1:-1]).encode())
+        batches.append(pa.RecordBatch.from_pylist(rows, SCHEMA))
+        for row in rows:
+            if (reason := row["reason"]) is not None:
+                reasons[reason] = reasons.get(reason, 0) + 1
+    digest.update(b"]]")
+    if isinstance(view, mmap.mmap):
+        view.close()
+    table = pa.Table.from_batches(batches, SCHEMA).combine_chunks()
+    usable = len(groups) - sum(reasons.values())
+    info = ShardInfo(
+        shard.path, shard.shard_bytes, shard.identity, len(groups), usable, digest.hexdigest(), reasons, problem
+    )
     return table, info
 
 
-def _split(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
     """The (key, extension) of a member, as webdataset splits them: at the first dot of the file's own name."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower() if stem else ""
 
 
-_IMAGES = ("jpg", "jpeg")
-_OTHER_IMAGES = ("png", "webp", "gif", "bmp", "avif", "tif", "tiff")
+JPEG_IMAGES = ("jpg", "jpeg")
+OTHER_IMAGES = ("png", "webp", "gif", "bmp", "avif", "tif", "tiff")
 
 
 def _row(key: str, group: Sequence[tuple[str, tar.Member]], view: mmap.mmap | bytes) -> dict[str, Any]:
@@ -109,7 +131,7 @@ def _row(key: str, group: Sequence[tuple[str, tar.Member]], view: mmap.mmap | by
         if extension in by_extension:
             reason = "two members of the same name"
         by_extension.setdefault(extension, member)
-    image = next((by_extension[name] for name in _IMAGES if name in by_extension), None)
+    image = next((by_extension[name] for name in JPEG_IMAGES if name in by_extension), None)
     texts = [
         (member.offset, min(member.size, MAX_CAPTION_BYTES))
         for extension, member in sorted(by_extension.items(), key=lambda entry: (entry[0] != "txt", entry[1].offset))
@@ -118,7 +140,7 @@ def _row(key: str, group: Sequence[tuple[str, tar.Member]], view: mmap.mmap | by
     captions = [(offset, size) for offset, size in texts if view[offset : offset + size].strip(b" \t\r\n\0")]
     width = height = 0
     if image is None:
-        other = next((name for name in _OTHER_IMAGES if name in by_extension), None)
+        other = next((name for name in OTHER_IMAGES if name in by_extension), None)
         reason = reason or (f"image is {other}, not JPEG" if other else "no image")
     elif image.size > MAX_IMAGE_BYTES:
         reason = reason or f"image file over {MAX_IMAGE_BYTES >> 20} MiB"

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 BLOCK = 512
 _MAX_EXTENSION_BYTES = 1 << 20
+_MAX_NAME_BYTES = 4096
 _SPACES = b" " * 8
 
 
@@ -44,6 +45,8 @@ def members(tar: mmap.mmap | bytes) -> Iterator[Member]:
         kind = header[156:157]
         size = _number(header[124:136]) if long_size is None else long_size
         offset = position + BLOCK
+        if kind == b"S":
+            offset = _after_sparse_map(tar, header, offset)
         position = offset + -(-size // BLOCK) * BLOCK
         if offset + size > end:
             raise Damaged(f"cut off inside {long_name or _name(header)}")
@@ -71,12 +74,21 @@ def members(tar: mmap.mmap | bytes) -> Iterator[Member]:
     raise Damaged("cut off: the end mark is missing")
 
 
+def _after_sparse_map(tar: mmap.mmap | bytes, header: bytes, offset: int) -> int:
+    """Where a GNU sparse file's bytes begin: a map that does not fit its header goes on in blocks behind it."""
+    more = header[482]
+    while more and offset + BLOCK <= len(tar):
+        more = tar[offset + 504]
+        offset += BLOCK
+    return offset
+
+
 def _check_sum(header: bytes) -> None:
     try:
         stated = int(header[148:156].strip(b" \0"), 8)
     except ValueError:
         raise Damaged("not a tar header where one must be") from None
-    if stated != sum(header[:148]) + sum(_SPACES) + sum(header[156:]):
+    if stated != sum(header) - sum(header[148:156]) + sum(_SPACES):
         raise Damaged("a header whose checksum is wrong")
 
 
@@ -116,4 +128,6 @@ def _pax(content: bytes, name: str | None, size: int | None) -> tuple[str | None
 
 
 def _text(name: bytes) -> str:
+    if len(name) > _MAX_NAME_BYTES:  # longer than Linux allows: only made to take up memory
+        raise Damaged(f"a name of {len(name):,} bytes")
     return name.decode("utf-8", "replace")

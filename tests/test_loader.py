@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.captions import TextReduction
+from pipeline.colour import ColourJitter
 from pipeline.index import open_index
 from pipeline.loader import DecoderName, Loader, Settings
 from pipeline.order import Order
 from pipeline.read import ReadFailed
-from pipeline.tokens import token_geometry
+from pipeline.tokens import ImageReduction, token_geometry
 
 BATCH_SIZE = 32
 
@@ -21,6 +23,27 @@ def new_loader(
     index = open_index([folder])
     order = Order(index.shard_sizes, batch_size=BATCH_SIZE, seed=seed, lanes=8)
     return Loader(index, order, Settings(token_geometry(16), 8, decoder, seed=seed), rank=rank, world_size=world_size)
+
+
+IMAGE_REDUCTIONS: list[ImageReduction] = ["resize", "random", "grid", "block"]
+TEXT_REDUCTIONS: list[TextReduction] = ["truncate", "random", "block", "syntax"]
+
+
+def reducing_loader(
+    folder: Path,
+    image: ImageReduction,
+    text: TextReduction,
+    decoder: DecoderName = "turbo",
+    rank: int = 0,
+    world_size: int = 1,
+) -> Loader:
+    """A loader of short sequences by any reduction, with augmentation."""
+    index = open_index([folder])
+    order = Order(index.shard_sizes, batch_size=BATCH_SIZE, seed=3, lanes=8)
+    geometry = token_geometry(16, image_reduction=image, image_size=None if image == "resize" else 128)
+    colour = ColourJitter(jitter=0.8, greyscale=0.2)
+    settings = Settings(geometry, 4, decoder, colour=colour, text_reduction=text, seed=3)
+    return Loader(index, order, settings, rank=rank, world_size=world_size)
 
 
 TENSORS = ("patches", "positions", "caption_ids", "valid", "sample_ids")
@@ -97,6 +120,36 @@ def test_decoders_agree_on_everything_but_the_last_bits_of_pixels(shards: Path) 
         assert same(one, other, ("positions", "caption_ids", "valid", "sample_ids"))
         difference = (one.patches.float() - other.patches.float()).abs()
         assert difference.mean() < 4
+
+
+@pytest.mark.parametrize(("image", "text"), list(zip(IMAGE_REDUCTIONS, TEXT_REDUCTIONS, strict=True)))
+def test_no_reduction_depends_on_threads_decoder_or_ranks(
+    shards: Path, image: ImageReduction, text: TextReduction
+) -> None:
+    plan = ("positions", "caption_ids", "valid", "sample_ids")
+    one = reducing_loader(shards, image, text)
+    batches = [one.batch(step) for step in range(6, 11)]
+    assert batches[0].patches.shape == (BATCH_SIZE, 16, 768)
+    assert batches[0].caption_ids.shape == (BATCH_SIZE, 4)
+    # From the middle of a run on, on other threads, as a resumed run goes on.
+    resumed = reducing_loader(shards, image, text).batches(6, 11, threads=2, prefetch=2)
+    assert all(same(expected, found) for expected, found in zip(batches, resumed, strict=True))
+    dali = reducing_loader(shards, image, text, "dali")
+    assert all(same(dali.batch(step), batch, plan) for step, batch in zip(range(6, 11), batches, strict=True))
+    ranks = [reducing_loader(shards, image, text, rank=rank, world_size=4).batch(6) for rank in range(4)]
+    for name in TENSORS:
+        assert torch.equal(torch.cat([getattr(part, name) for part in ranks]), getattr(batches[0], name))
+
+
+@pytest.mark.parametrize("image", IMAGE_REDUCTIONS)
+def test_evaluation_sees_whole_images_unmasked_and_in_their_colours(shards: Path, image: ImageReduction) -> None:
+    masked = reducing_loader(shards, image, "random")
+    loader = Loader(masked.index, None, masked.settings)
+    plain = Loader(masked.index, None, Settings(masked.settings.geometry.unmasked(), 4, "turbo"))
+    ids = masked.index.usable_ids()[:40]
+    found, expected = next(loader.evaluation_batches(ids)), next(plain.evaluation_batches(ids))
+    assert same(found, expected)
+    assert found.patches.shape[1] == found.grid[0] * found.grid[1]
 
 
 def test_epochs_and_seeds_give_other_crops_and_captions(shards: Path) -> None:

@@ -1,4 +1,6 @@
 import io
+import os
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -100,3 +102,28 @@ def test_the_starter_layout_reads_like_tarfile(shards: Path) -> None:
         with tarfile.open(path) as file:
             expected = [(info.name, info.offset_data, info.size) for info in file]
         assert [tuple(member) for member in members(path.read_bytes())] == expected
+
+
+@pytest.mark.parametrize("holes", [1, 40])
+def test_sparse_files_and_devices_are_passed_over(tmp_path: Path, holes: int) -> None:
+    """As GNU tar writes them; a map of 40 pieces takes two more blocks than a header holds."""
+    with (tmp_path / "big.jpg").open("wb") as file:
+        for i in range(holes):
+            file.seek(((i + 1) * 10 << 30) // holes)
+            file.write(b"end")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "after.jpg").write_bytes(b"abc")
+    command = ["tar", "--format=gnu", "--sparse", "-cf", "x.tar", "big.jpg", "pipe.jpg", "after.jpg"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    tar = (tmp_path / "x.tar").read_bytes()
+    assert len(tar) < 1 << 20
+    (member,) = members(tar)
+    assert (member.name, tar[member.offset : member.offset + member.size]) == ("after.jpg", b"abc")
+
+
+def test_a_name_longer_than_any_file_system_allows() -> None:
+    tar = build([("a.jpg", b"x"), ("b" * 5000, b"y"), ("c.jpg", b"z")], tarfile.GNU_FORMAT)
+    found = members(tar)
+    assert next(found).name == "a.jpg"
+    with pytest.raises(Damaged, match="a name of 5,000 bytes"):
+        next(found)

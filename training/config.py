@@ -16,7 +16,9 @@ import tyro
 
 from model.attention import attention_backend
 from model.presets import model_config
+from pipeline.captions import TextReduction
 from pipeline.colour import ColourJitter
+from pipeline.mixture import split_weights
 from pipeline.order import default_lanes
 from pipeline.plan import CropRange
 from pipeline.tokens import Geometry, ImageReduction, token_geometry
@@ -25,10 +27,11 @@ STARTER = "data/emoji/train"
 """What --data is when nobody says: made on first use."""
 
 MAY_DIFFER = frozenset(
-    {"data", "out", "preset", "resume", "steps", "samples", "threads", "prefetch", "decoder", "device"}
+    {"data", "out", "preset", "resume", "steps", "samples", "threads", "prefetch", "decoder", "device", "vocabulary"}
     | {"log_every", "checkpoint_every", "keep_checkpoints", "ledger", "eval_data", "eval_every", "max_bad_fraction"}
 )
-"""What may be another when a run is resumed. The data itself is held to the index's digest, not to its path."""
+"""What may be another when a run is resumed. The data itself is held to the index's digest, not to its path; its
+weights may not differ."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,10 @@ class Config:
     """Train a CLIP on short token sequences. The same command run again resumes."""
 
     data: tuple[str, ...] = (STARTER,)
-    """Folders of shards (NNNNN.tar). By default the starter, made on first use."""
+    """Folders or URLs of shards (NNNNN.tar). Several without weights are one set; SRC=WEIGHT ... draws from each in
+    fixed shares, whatever its size. By default the starter, made on first use."""
+    resampled: bool = False
+    """Draw an epoch's shards with replacement, instead of each once."""
     out: Path | None = None
     """The run folder; by default runs/MODEL-TOKENS."""
     preset: Path | None = None
@@ -55,8 +61,10 @@ class Config:
     """Text tokens per caption, special tokens counted."""
     captions: Literal["any", "first"] = "any"
     """Where a sample has several captions: one of them drawn each epoch, or always the first (KEY.txt)."""
-    text_reduction: Literal["truncate"] = "truncate"
-    """How text tokens are thrown away."""
+    text_reduction: TextReduction = "truncate"
+    """How text tokens are thrown away: all but the first, or a drawn window, or drawn ones, or the least telling."""
+    vocabulary: Path | None = None
+    """The tokenizer's vocabulary file; by default that of an installed package."""
     crop_area: tuple[float, float] = (0.4, 1.0)
     """Random crop: smallest and largest share of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -120,6 +128,11 @@ class Config:
         return self.out or Path("runs") / f"{self.model}-{self.tokens}"
 
     @property
+    def sources(self) -> tuple[list[str], list[float] | None]:
+        """What --data names, and the shares drawn from each, if it gives weights."""
+        return split_weights(self.data)
+
+    @property
     def total_steps(self) -> int:
         """Whole batches only: what is left of --samples over a multiple of the batch is not trained on."""
         return self.steps if self.steps is not None else (self.samples or 0) // self.batch_size
@@ -146,7 +159,7 @@ class Config:
     def check(self) -> None:
         """Raises ValueError, in one line, for values that cannot be or do not go together; touches no data."""
         model_config(self.model)
-        _ = self.geometry, self.crop, self.colour
+        _ = self.geometry, self.crop, self.colour, self.sources
         if (self.steps is None) == (self.samples is None):
             given = "neither --steps nor --samples is given" if self.steps is None else "both --steps and --samples"
             raise ValueError(f"{given}; give one of them: how long to train")
@@ -271,12 +284,21 @@ def record(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
+def _weights(shares: Sequence[float] | None) -> str:
+    return "the weights " + " ".join(f"{share:.9g}" for share in shares) if shares else "no weights"
+
+
 def refuse_other_run(old: Mapping[str, Any], config: Config, run: Path) -> None:
     """Raises ValueError, naming the flags, where a run folder was made with values that resuming may not change."""
     new = record(config)
-    changed = [name for name in new if name not in MAY_DIFFER and old.get(name) != new[name]]
-    if changed:
-        phrases = [
-            f"{flag(name)} is {json.dumps(old.get(name))} there and {json.dumps(new[name])} here" for name in changed
-        ]
+    # Of --data only the weights are part of the order; where the shards lie is not.
+    old_shares, new_shares = split_weights(old.get("data", ()))[1], config.sources[1]
+    phrases = [
+        f"{flag(name)} is {json.dumps(old.get(name))} there and {json.dumps(new[name])} here"
+        for name in new
+        if name not in MAY_DIFFER and old.get(name) != new[name]
+    ]
+    if old_shares != new_shares:
+        phrases.append(f"--data has {_weights(old_shares)} there and {_weights(new_shares)} here")
+    if phrases:
         raise ValueError(f"{run} holds another run: {'; '.join(phrases)}; use another --out, or --resume never")

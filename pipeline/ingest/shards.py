@@ -6,14 +6,7 @@ follows. So work that was killed is redone by the shard, and the bytes depend on
 
 import hashlib
 import json
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..files import replacing
+from .engine import run
 
 Plan = TypeVar("Plan")
 
@@ -107,25 +101,14 @@ def write_shards(shards: Sequence[Shard[Any]], workers: int, done: Callable[[Sha
     pending = [shard for shard in shards if not shard.complete]
     for folder in {shard.folder for shard in pending}:
         folder.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob("*.partial"):
-            left_over.unlink(missing_ok=True)
-    if workers == 1 or len(pending) <= 1:
-        for shard in pending:
-            write_shard(shard)
-            done(shard)
-        return
-    # spawn, not fork: the caller may hold threads and locks (a training process does).
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(pending)), mp_context=context, initializer=_start_worker)
-    try:
-        written = {pool.submit(write_shard, shard): shard for shard in pending}
-        for future in as_completed(written):
-            future.result()
-            done(written[future])
-    except BrokenProcessPool:
-        raise ValueError("a worker process died (out of memory?); run the same command with --workers 1") from None
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        clear_left_overs(folder)
+    run(write_shard, pending, workers, lambda shard, _: done(shard))
+
+
+def clear_left_overs(folder: Path) -> None:
+    """Removes what a killed run had not finished. Only for a folder that this process alone writes to."""
+    for left_over in folder.glob("*.partial"):
+        left_over.unlink(missing_ok=True)
 
 
 def write_shard(shard: Shard[Any]) -> None:
@@ -175,17 +158,3 @@ def _members(columns: Mapping[str, Any], sample: Sample) -> dict[str, bytes]:
     if sample.class_id is not None:
         members["cls"] = str(sample.class_id).encode()
     return members
-
-
-def _start_worker() -> None:
-    """Makes a worker end with its parent, even one that was killed, and leave Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    sentinel = parent.sentinel
-
-    def watch() -> None:
-        multiprocessing.connection.wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
