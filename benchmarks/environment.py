@@ -1,4 +1,4 @@
-"""What a figure was measured with: machine, versions, commit. Every benchmark's JSON carries it."""
+"""What a figure was measured with: machine, its load, versions, commit. Every benchmark's JSON carries it."""
 
 import os
 import platform
@@ -11,13 +11,14 @@ import torch
 _PACKAGES = ("numpy", "simplejpeg", "opencv-python-headless", "nvidia-dali-cuda120", "tokenizers")
 
 
-def environment() -> dict[str, str | int | None]:
+def environment() -> dict[str, str | int | float | None]:
     """Returns plain JSON values; None for what this machine does not tell."""
     versions = {name: _version(name) for name in _PACKAGES}
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2),
         "gpu": cuda,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,194 +1,221 @@
 """Images per second of the loader alone, every stage counted: `python -m benchmarks.pipeline --data data/emoji/train`.
 
-The unit is images per second of process CPU time, all threads together: on a busy machine it holds still where wall
-time swings. Decoders take turns, round after round, so that both see the same machine.
+The unit is images per second of process CPU time, all threads and child processes together: on a busy machine it holds
+still where wall time swings. Beside our loader, in the same run: open_clip's training loader (`make peers`), DALI's
+stock webdataset reader at 224 px, and bare libjpeg-turbo decoding of the same bytes, which is the limit. Fair to the
+others: open_clip makes its batches without hand-over between processes and takes the same crops (40 to 100 % of the
+area); the stock reader cuts no captions.
 """
 
 import json
-import statistics
+import os
 import sys
-import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
 
-from evaluation.report import format_table
 from pipeline.index import Index, open_index
-from pipeline.loader import STAGES, DecoderName, Loader, Settings
-from pipeline.order import Order, default_lanes
-from pipeline.tokens import token_geometry
+from pipeline.loader import DecoderName
+from pipeline.tokens import ImageReduction
 
+from .cases import STANDARD_CASES, Case
+from .contenders import PEERS_PYTHON, BareDecode, Contender, OpenClip, OurLoader, Skipped, StockDali, gil_us
 from .environment import environment
+from .loader_rounds import BARE_FULL, BARE_SCALED, OPEN_CLIP, STOCK, batches_for, figures, take_turns
+from .pipeline_report import Row, draw_plot, format_rows, format_stages
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Measure the loader alone: read, checks, plan, decode, captions."""
+    """Measure the loader alone: read, checks, plan, decode, captions; and what others do with the same shards."""
 
     data: tuple[Path, ...]
-    """Folders of shards."""
+    """Folders of shards, each measured for itself."""
     decoder: Literal["both", "dali", "turbo"] = "both"
     tokens: int = 16
+    image_reduction: ImageReduction = "resize"
+    image_size: int | None = None
+    all_cases: bool = False
+    """Instead of --tokens: 64/16, 112/49, 224/196 by resizing, and 224->49 by random, grid and block."""
     text_tokens: int = 16
     batch_size: int = 256
-    batches: int = 20
-    """Per round and decoder."""
+    batches: int | None = None
+    """Of each contender in a round; default: as many as take --seconds."""
+    seconds: float = 1.0
+    """CPU time of each contender in a round."""
     rounds: int = 5
     threads: int = 1
+    """Of our loader."""
+    peers: bool = True
+    """Also run open_clip's loader, DALI's stock reader and bare decoding."""
+    peer_workers: int = 0
+    """Worker processes of open_clip's loader. 0 costs it least CPU time: batches are not handed over."""
+    peers_python: Path = PEERS_PYTHON
+    """The Python that has open_clip and torchvision."""
     json: Path | None = None
     """Write the rows here."""
+    plot: Path | None = None
+    """Draw them as this PNG."""
 
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "batches", "rounds", "threads"):
+    def check(self) -> None:
+        """Raises ValueError for what cannot be."""
+        for name in ("batch_size", "rounds", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1")
+        if self.batches is not None and self.batches < 1:
+            raise ValueError(f"--batches {self.batches} is below 1; leave it out to let --seconds decide")
+        if self.seconds <= 0:
+            raise ValueError(f"--seconds {self.seconds} is not above 0; 1 is usual")
+        if self.all_cases and (self.tokens, self.image_reduction, self.image_size) != (16, "resize", None):
+            raise ValueError("--all-cases has its own tokens; leave --tokens, --image-reduction and --image-size out")
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        return STANDARD_CASES if self.all_cases else (Case(self.tokens, self.image_reduction, self.image_size),)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One decoder's figures: medians over the rounds."""
+class Measured:
+    """What a run of the benchmark found."""
 
-    decoder: str
-    tokens: int
-    threads: int
-    images_per_cpu_s: float
-    images_per_cpu_s_range: tuple[float, float]
-    images_per_s: float
-    megabytes_per_cpu_s: float
-    gil_us: float | None
-    """Time an image holds the GIL, in microseconds of wall time; None without gilknocker."""
-    stage_us: dict[str, float]
-    """CPU time an image spends in each stage."""
+    rows: list[Row]
+    """Of our loader."""
+    peers: list[Row]
+    """Of the others, in the same units."""
+    skipped: dict[str, str]
+    """Contender -> why it did not run."""
+    about: dict[str, Any]
+    """open_clip's transform and versions."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for what the user can mend."""
-    config = tyro.cli(Benchmark, args=arguments, description=__doc__)
     # The loader's threads are the parallelism that is measured.
     torch.set_num_threads(1)
     try:
-        rows = measure(config)
+        config = tyro.cli(Benchmark, args=arguments, description=__doc__)
+        config.check()
+        before = environment()
+        _warn_of_load()
+        found = measure(config)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(_table(rows))
+    rows = [*found.rows, *found.peers]
+    for name, reason in found.skipped.items():
+        print(f"{name} is left out: {reason}")
+    print(f"{format_rows(rows)}\n\n{format_stages(found.rows)}")
+    if config.plot:
+        draw_plot(rows, config.plot)
+        print(f"picture: {config.plot}")
     if config.json:
-        result = {
-            "environment": environment(),
-            "data": list(map(str, config.data)),
-            "rows": [asdict(row) for row in rows],
-        }
+        result = {"environment": before, "data": list(map(str, config.data)), **asdict(found)}
         config.json.parent.mkdir(parents=True, exist_ok=True)
         config.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
-def measure(config: Benchmark) -> list[Row]:
-    """Returns a row a decoder. Raises ValueError for data that cannot be used."""
-    index = open_index(config.data)
-    image_bytes = sum(float(index.rows(shard).image_bytes.sum()) for shard in range(len(index.shards)))
-    mean_bytes = image_bytes / index.num_samples
-    names: tuple[DecoderName, ...] = ("turbo", "dali") if config.decoder == "both" else (config.decoder,)
-    loaders = {name: _loader(config, index, name) for name in names}
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for loader in loaders.values():
-        list(loader.batches(0, 1 + config.threads, threads=config.threads))  # warm-up: files, decoders, tables
-    for turn in range(config.rounds):
-        for name, loader in loaders.items():
-            rounds[name].append(_round(config, loader, 1 + turn * config.batches))
-    gil_us = {name: _gil_us(config, loader, 1 + config.rounds * config.batches) for name, loader in loaders.items()}
-    return [_row(config, name, rounds[name], mean_bytes, gil_us[name]) for name in names]
+def _warn_of_load() -> None:
+    """Says so where others use the machine: they cost caches too, and the loader with the larger footprint the most."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores / 2:
+        print(
+            f"load average {load:.1f} on {cores} cores: CPU times come out longer, open_clip's most of all, and GIL "
+            "times mean nothing; run this on a quiet machine",
+            file=sys.stderr,
+        )
 
 
-def _loader(config: Benchmark, index: Index, decoder: DecoderName) -> Loader:
-    lanes = default_lanes(config.batch_size)
-    order = Order(index.shard_sizes, batch_size=config.batch_size, seed=0, lanes=lanes)
-    return Loader(index, order, Settings(token_geometry(config.tokens), config.text_tokens, decoder))
+def measure(config: Benchmark) -> Measured:
+    """Returns the rows of every data set and case. Raises ValueError for data or cases that cannot be used."""
+    found = Measured([], [], {}, {})
+    for case in config.cases:
+        _ = case.geometry  # what cannot be is said before the first minute is spent
+    for folder in config.data:
+        index = open_index([folder])
+        for case in config.cases:
+            print(f"measuring {folder}: {case.name}", file=sys.stderr, flush=True)
+            _measure_case(config, folder, index, case, found)
+    return found
 
 
-def _round(config: Benchmark, loader: Loader, first_step: int) -> dict[str, float]:
-    for stage in STAGES:
-        loader.stage_seconds[stage] = 0.0
-    images, cpu, wall = _run(config, loader, first_step)
-    stages = {stage: seconds / images * 1e6 for stage, seconds in loader.stage_seconds.items()}
-    return {"per_cpu_s": images / cpu, "per_s": images / wall, **stages}
-
-
-def _run(config: Benchmark, loader: Loader, first_step: int) -> tuple[int, float, float]:
-    """Returns the images of a round, and the seconds of CPU and wall time that they took."""
-    images = 0
-    cpu, wall = time.process_time(), time.perf_counter()
-    for batch in loader.batches(first_step, first_step + config.batches, threads=config.threads):
-        images += len(batch.valid)
-    return images, time.process_time() - cpu, time.perf_counter() - wall
-
-
-def _gil_us(config: Benchmark, loader: Loader, first_step: int) -> float | None:
-    """Returns the wall time an image holds the GIL, in microseconds. In a round of its own: the meter takes a core."""
-    knocker = _gil_meter()
-    if knocker is None:
-        return None
-    knocker.start()
-    images, _, wall = _run(config, loader, first_step)
-    knocker.stop()
-    return knocker.contention_metric * wall / images * 1e6
-
-
-def _gil_meter() -> Any:
-    """A thread outside Python that asks for the GIL a thousand times a second and notes how long it waits."""
-    try:
-        from gilknocker import KnockKnock  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
-    except ImportError:
-        return None
-    return KnockKnock(polling_interval_micros=1000, sampling_interval_micros=1000, sleeping_interval_micros=0)
-
-
-def _row(
-    config: Benchmark, decoder: str, rounds: list[dict[str, float]], mean_bytes: float, gil_us: float | None
-) -> Row:
-    median = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
-    per_cpu_s = [each["per_cpu_s"] for each in rounds]
-    return Row(
-        decoder=decoder,
-        tokens=config.tokens,
-        threads=config.threads,
-        images_per_cpu_s=median["per_cpu_s"],
-        images_per_cpu_s_range=(min(per_cpu_s), max(per_cpu_s)),
-        images_per_s=median["per_s"],
-        megabytes_per_cpu_s=median["per_cpu_s"] * mean_bytes / 1e6,
-        gil_us=gil_us,
-        stage_us={stage: median[stage] for stage in STAGES},
-    )
-
-
-def _table(rows: list[Row]) -> str:
-    header = (
-        "decoder",
-        "img per CPU s",
-        "(range)",
-        "img/s",
-        "MB per CPU s",
-        "GIL us",
-        *(f"{stage} us" for stage in STAGES),
-    )
-    return format_table(
-        header,
-        [
-            (
-                row.decoder,
-                f"{row.images_per_cpu_s:,.0f}",
-                "{:,.0f}-{:,.0f}".format(*row.images_per_cpu_s_range),
-                f"{row.images_per_s:,.0f}",
-                f"{row.megabytes_per_cpu_s:.1f}",
-                "-" if row.gil_us is None else f"{row.gil_us:.1f}",
-                *(f"{row.stage_us[stage]:.1f}" for stage in STAGES),
+def _measure_case(config: Benchmark, folder: Path, index: Index, case: Case, found: Measured) -> None:
+    with ExitStack() as stack:
+        contenders: dict[str, Contender] = {}
+        for name, make in _makers(config, folder, index, case).items():
+            try:
+                contenders[name] = contender = make()
+            except Skipped as reason:
+                found.skipped[name] = str(reason)
+                continue
+            stack.callback(contender.close)
+            if isinstance(contender, OpenClip):
+                found.about.update(contender.about)
+        batches = {
+            name: batches_for(contender, config.batch_size, config.seconds) for name, contender in contenders.items()
+        }
+        if config.batches is not None:
+            batches = dict.fromkeys(batches, config.batches)
+        rounds = take_turns(contenders, batches, config.rounds)
+        mean_bytes = _mean_image_bytes(index)
+        for name, figure in figures(rounds).items():
+            contender = contenders[name]
+            ours = isinstance(contender, OurLoader)
+            row = Row(
+                data=_name(folder, config.data),
+                decoder=name,
+                case=case.name,
+                tokens=case.tokens,
+                image_reduction=case.image_reduction,
+                image_size=case.geometry.image_size,
+                threads=config.threads if ours else 1,
+                megabytes_per_cpu_s=figure.images_per_cpu_s * mean_bytes / 1e6,
+                gil_us=gil_us(contender, batches[name]) if ours else None,
+                **asdict(figure),
             )
-            for row in rows
-        ],
-    )
+            (found.rows if ours else found.peers).append(row)
+
+
+def _makers(config: Benchmark, folder: Path, index: Index, case: Case) -> dict[str, Callable[[], Contender]]:
+    """What is to take part, not made yet: any of it may be missing on this machine."""
+    names: tuple[DecoderName, ...] = ("turbo", "dali") if config.decoder == "both" else (config.decoder,)
+    makers: dict[str, Callable[[], Contender]] = {
+        name: partial(
+            OurLoader,
+            index,
+            case.geometry,
+            name,
+            batch_size=config.batch_size,
+            text_tokens=config.text_tokens,
+            threads=config.threads,
+        )
+        for name in names
+    }
+    if config.peers:
+        shards = [Path(shard.path) for shard in index.shards]
+        makers[OPEN_CLIP] = partial(
+            OpenClip, shards, case.geometry.image_size, config.batch_size, config.peer_workers, config.peers_python
+        )
+        makers[STOCK] = partial(StockDali, shards, config.batch_size, 1)
+        makers[BARE_SCALED] = partial(BareDecode, index, case.geometry, config.batch_size)
+        makers[BARE_FULL] = partial(BareDecode, index, None, config.batch_size)
+    return makers
+
+
+def _mean_image_bytes(index: Index) -> float:
+    rows = [index.rows(shard) for shard in range(len(index.shards))]
+    return sum(float(each.image_bytes[each.usable].sum()) for each in rows) / index.num_usable
+
+
+def _name(folder: Path, folders: Sequence[Path]) -> str:
+    """A data set's name in tables: the folder's own, or its whole path where two are called the same."""
+    return folder.name if [other.name for other in folders].count(folder.name) == 1 else str(folder)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from .cache import OpenFile
 from .index import ROW, Index, IntArray
 from .order import Slots
+from .scan import EOI_TAIL
 from .store import ReadFailed
 
 __all__ = ["ReadFailed", "Reader", "Rows"]
@@ -79,7 +80,7 @@ class Reader:
             jpeg = self._read(shard, offset, size)
             if len(jpeg) != size:
                 jpegs.append(_SHORTER)
-            elif jpeg[:3] != b"\xff\xd8\xff":
+            elif jpeg[:3] != b"\xff\xd8\xff" or b"\xff\xd9" not in jpeg[-EOI_TAIL:]:
                 jpegs.append("shard changed since it was indexed")
             else:
                 jpegs.append(jpeg)

@@ -29,7 +29,7 @@ MAX_CAPTION_BYTES = 8192
 MAX_MEMBERS = 400_000
 """Of one shard; beyond, its samples are left out. Shards have 30,000; each member costs memory while one is read."""
 _ROWS_AT_ONCE = 1000
-_EOI_TAIL = 64
+EOI_TAIL = 64
 """How far from the end the end mark may stand: some writers pad."""
 
 SCHEMA = pa.schema(
@@ -180,7 +180,7 @@ def _inspect(jpeg: memoryview) -> tuple[int, int, str | None]:
         return height, width, f"a side under {MIN_SIDE} pixels"
     if max(width, height) > MAX_ASPECT * min(width, height):
         return height, width, f"longer than {MAX_ASPECT} times its width"
-    if b"\xff\xd9" not in bytes(jpeg[-_EOI_TAIL:]):
+    if b"\xff\xd9" not in bytes(jpeg[-EOI_TAIL:]):
         return height, width, "JPEG cut off"
     return height, width, None
 
