@@ -24,6 +24,8 @@ _PLACEHOLDER_SIDE = 32
 _CHROMA_MARGIN = 8
 """Pixels decoded beyond a block, so that its colours are upsampled from the same neighbours as in the whole image."""
 _PROBE_SECONDS = 120
+_RUN_SIZE = 128
+"""Images in one run of the pipeline: DALI holds all their decoded windows at once, 1 to 2 MB each of raw web size."""
 
 
 class DaliDecoder:
@@ -38,7 +40,8 @@ class DaliDecoder:
         True, unless the GPU's decoder cannot do it (nvImageCodec 0.9.0 fails or crashes with it on some cards).
         Raises ValueError where DALI is not installed.
         """
-        self.geometry, self.batch_size, self.device_id = geometry, batch_size, device_id
+        self.geometry, self.device_id = geometry, device_id
+        self.run_size = min(batch_size, _RUN_SIZE)
         self.decode_window = window_decode_works(device_id) if decode_window is None else decode_window
         self._placeholder = np.frombuffer(_grey_jpeg(), np.uint8)
         self._graph = _define(geometry, self.decode_window)
@@ -59,8 +62,13 @@ class DaliDecoder:
             if jpeg is not None and (fault := _header_fault(jpeg, height, width))
         }
         usable = [None if slot in faults else jpeg for slot, jpeg in enumerate(jpegs)]
-        decoded = self._decode_checked(usable, windows, positions, widths, heights)
-        return Decoded(decoded.patches, faults | decoded.faults)
+        parts: list[torch.Tensor] = []
+        for start in range(0, len(jpegs), self.run_size):
+            part = slice(start, start + self.run_size)
+            decoded = self._decode_checked(usable[part], windows[part], positions[part], widths[part], heights[part])
+            parts.append(decoded.patches)
+            faults |= {start + slot: fault for slot, fault in decoded.faults.items()}
+        return Decoded(_joined(parts), faults)
 
     def _decode_checked(
         self,
@@ -92,7 +100,7 @@ class DaliDecoder:
             for part in (slice(0, half), slice(half, None))
         ]
         faults = parts[0].faults | {slot + half: reason for slot, reason in parts[1].faults.items()}
-        return Decoded(torch.cat([part.patches for part in parts]), faults)
+        return Decoded(_joined([part.patches for part in parts]), faults)
 
     def _run(
         self,
@@ -137,7 +145,7 @@ class DaliDecoder:
 
     def _build(self) -> Any:
         pipeline = self._graph(
-            batch_size=self.batch_size,
+            batch_size=self.run_size,
             num_threads=1,
             device_id=self.device_id,
             prefetch_queue_depth=1,
@@ -220,6 +228,15 @@ def window_decode_works(device_id: int | None) -> bool:
             stacklevel=2,
         )
     return works
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    if parts[0].device.type != "cpu":
+        return torch.cat(list(parts))
+    # Not torch.cat: it would call up the step's OpenMP threads for a copy.
+    return torch.from_numpy(np.concatenate([part.numpy() for part in parts]))
 
 
 def _header_fault(jpeg: bytes, height: int, width: int) -> str | None:

@@ -64,10 +64,14 @@ class TurboDecoder:
 
 
 def scale_eighths(windows: Windows, size: tuple[int, int]) -> npt.NDArray[np.int64]:
-    """Returns the smallest n of 1..8 for which each window at n/8 of full size still covers `size` (height, width)."""
+    """Returns the smallest n of 1..6, 8 for which each window at n/8 of full size still covers `size` (height, width).
+
+    Never 7: libjpeg-turbo has no fast transform of that size, and takes twice as long as for the whole image.
+    """
     needed = 8 * np.maximum(size[1] / windows[:, 2], size[0] / windows[:, 3])
     # A window of exactly the size must not ask for more because of its last bit.
-    return np.clip(np.ceil(needed - 1e-9), 1, 8).astype(np.int64)
+    eighths = np.clip(np.ceil(needed - 1e-9), 1, 8).astype(np.int64)
+    return np.where(eighths == 7, 8, eighths)
 
 
 def _warp_maps(windows: Windows, scale: npt.NDArray[np.float64], size: tuple[int, int]) -> npt.NDArray[np.float64]:
