@@ -29,7 +29,7 @@ _RUN_SIZE = 128
 
 
 class DaliDecoder:
-    """One DALI pipeline, run a batch at a time. A batch that kills it is halved until the culprits are known."""
+    """One DALI pipeline, run 128 images at a time. Those that kill it are found, named and left out."""
 
     def __init__(
         self, geometry: Geometry, batch_size: int, device_id: int | None = None, decode_window: bool | None = None
@@ -91,6 +91,14 @@ class DaliDecoder:
         except RuntimeError:
             # By DALI's design the pipeline is dead now, and the message does not say which image it was.
             self._pipeline = self._build()
+        # libjpeg tells at a tenth of the cost of a second run; what it can read and DALI cannot is found by halving.
+        culprits = dict.fromkeys(
+            (slot for slot, jpeg in enumerate(jpegs) if jpeg is not None and not _decodes(jpeg)), UNDECODABLE
+        )
+        if culprits:
+            rest = [None if slot in culprits else jpeg for slot, jpeg in enumerate(jpegs)]
+            decoded = self._decode_checked(rest, windows, positions, widths, heights)
+            return Decoded(decoded.patches, culprits | decoded.faults)
         if len(jpegs) == 1:
             assert jpegs[0] is not None
             return Decoded(self._decode_checked([None], windows, positions, widths, heights).patches, {0: UNDECODABLE})
@@ -250,6 +258,15 @@ def _header_fault(jpeg: bytes, height: int, width: int) -> str | None:
     except Exception:  # simplejpeg raises ValueError, and KeyError for what libjpeg does not know
         return UNDECODABLE
     return None if found[:2] == (height, width) else "image is not of the size that was indexed"
+
+
+def _decodes(jpeg: bytes) -> bool:
+    """Whether libjpeg gets through the image, at 1/8 of its size."""
+    try:
+        simplejpeg.decode_jpeg(jpeg, "RGB", True, True, 1, 1, 1, None, False)
+    except Exception:  # as above
+        return False
+    return True
 
 
 def _grey_jpeg() -> bytes:
