@@ -26,8 +26,10 @@ from .plan import CropRange, Windows, crop_windows
 from .tokens import Geometry, ImageReduction, token_geometry
 
 MAX_SAMPLES = 32
-_MASKED = 210
-"""Grey level of what the encoder does not see."""
+_MASKED = (175, 215)
+"""The two greys of the chequers that stand for what the encoder does not see."""
+_CHEQUER = 4
+"""Their side, in pixels."""
 _CROP_SIDE = 224
 
 
@@ -66,7 +68,7 @@ class Seen:
     crop: npt.NDArray[np.uint8]
     """uint8 [side, side, 3]: the crop, squeezed to the square."""
     kept: npt.NDArray[np.uint8]
-    """uint8 [image_size, image_size, 3]: kept patches at their places, the rest grey."""
+    """uint8 [image_size, image_size, 3]: kept patches at their places, the rest grey chequers."""
     caption: str
     pieces: tuple[str, ...]
     """The text tokens that are left, special ones among them, padding not."""
@@ -153,15 +155,22 @@ def _seen(
 def placed(
     patches: npt.NDArray[np.uint8], positions: npt.NDArray[np.int16], geometry: Geometry
 ) -> npt.NDArray[np.uint8]:
-    """Returns the patches of one image at their places, uint8 [image_size, image_size, 3]; the rest is grey.
+    """Returns the patches of one image at their places, uint8 [image_size, image_size, 3]; the rest is grey chequers.
 
     patches: uint8 [tokens, patch*patch*3]; positions: int16 [tokens].
     """
     rows, columns = geometry.grid
-    cells = np.full((rows * columns, geometry.patch, geometry.patch, 3), _MASKED, np.uint8)
+    cells = np.tile(masked_patch(geometry.patch), (rows * columns, 1, 1, 1))
     cells[positions] = patches.reshape(-1, geometry.patch, geometry.patch, 3)
     grid = cells.reshape(rows, columns, geometry.patch, geometry.patch, 3).transpose(0, 2, 1, 3, 4)
     return grid.reshape(geometry.image_size, geometry.image_size, 3)
+
+
+def masked_patch(patch: int) -> npt.NDArray[np.uint8]:
+    """Returns what stands for a patch that the encoder does not see, uint8 [patch, patch, 3]."""
+    across = np.arange(patch) // _CHEQUER
+    light = (across[:, None] + across) % 2
+    return np.repeat(np.array(_MASKED, np.uint8)[light][..., None], 3, axis=2)
 
 
 def draw(seen: list[Seen], config: Preview) -> None:
