@@ -2,7 +2,8 @@
 #
 #   make demo       make the starter data, train on it, validate; the picture is runs/demo/report.png
 #   make test       lint, then the tests that take minutes at most
-#   make test-full  the long tests
+#   make test-full  the long tests; make deps-full installs what they need beside that (Ray)
+#   make test-interop  our weights in open_clip and its weights here (makes .venv-peers)
 #   make lint       ruff and pyright alone
 #   make peers      .venv-peers, with what the loader benchmark compares with (on Linux a CUDA build of torch, 5 GB)
 #   make photographs  the benchmark's three shard sets, from Debian's wallpapers: data/photographs, 500 MB
@@ -14,7 +15,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test test-full lint peers photographs clean clean-data
+.PHONY: demo test test-full test-interop deps-full lint peers photographs clean clean-data
 .NOTPARALLEL:
 
 demo: .venv/.installed
@@ -26,10 +27,16 @@ demo: .venv/.installed
 	@echo "picture: runs/demo/report.png"
 
 test: lint
-	$(RUN) -m pytest -m "not slow and not gpu"
+	$(RUN) -m pytest -m "not slow and not gpu and not interop"
 
-test-full: .venv/.installed-dev
+test-interop: .venv/.installed-dev .venv-peers/.installed
+	$(RUN) -m pytest -m interop
+
+test-full: deps-full
 	$(RUN) -m pytest -m slow
+
+# What the long tests' engines need: Ray.
+deps-full: .venv/.installed-full
 
 lint: .venv/.installed-dev
 	$(RUN) -m ruff check .
@@ -56,6 +63,10 @@ peers: .venv-peers/.installed
 	$(call install,starter$(comma)dev)
 	@touch .venv/.installed $@
 
+.venv/.installed-full: pyproject.toml
+	$(call install,starter$(comma)dev$(comma)ray)
+	@touch .venv/.installed .venv/.installed-dev $@
+
 comma := ,
 define install
 @if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then \
@@ -68,7 +79,7 @@ fi
 endef
 
 clean:
-	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-* .cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -path ./data -prune -o -path ./runs -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 clean-data:

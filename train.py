@@ -24,7 +24,7 @@ import torch
 from evaluation.classes import CLASS_NAMES_FILE
 from model.clip import CLIP, gflops_per_pair
 from model.loss import info_nce
-from model.presets import model_config, to_json
+from model.presets import to_json
 from pipeline.files import only_writer, write_text
 from pipeline.index import Index, open_index
 from pipeline.ingest.emoji import finished, make
@@ -33,7 +33,8 @@ from pipeline.loader import Loader, Settings
 from pipeline.mixture import Mixture, by_source, make_order
 from pipeline.order import Order
 from training import checkpoint, optim
-from training.config import STARTER, Config, parse, record, refuse_other_run, resolved
+from training.config import STARTER, Config, attention_backends, parse, record, refuse_other_run, resolved
+from training.initial import recorded_encoders, starting_encoders
 from training.metrics import LEDGER, METRICS, REJECTED, BadSampleBudget, RunLog, StepTimer, ids_hash
 from training.schedule import learning_rate
 from validate import ShardSet, zero_shot_accuracy
@@ -80,7 +81,7 @@ def train(config: Config) -> int:
         lanes=config.lanes, resampled=config.resampled,
     )  # fmt: skip
     geometry = config.geometry
-    encoders = model_config(config.model)
+    encoders, weights = (recorded_encoders(run), None) if last else starting_encoders(config)
     settings = Settings(
         geometry,
         config.text_tokens,
@@ -92,6 +93,7 @@ def train(config: Config) -> int:
         tokenizer=encoders.text.tokenizer,
         vocabulary=config.vocabulary,
         seed=config.seed,
+        device_id=(torch.cuda.current_device() if config.device == "cuda" else None),
     )
     loader = Loader(index, order, settings)
     held_out = None
@@ -102,9 +104,12 @@ def train(config: Config) -> int:
 
     torch.manual_seed(config.seed)
     device = torch.device(config.device)
-    model = CLIP(encoders, grid=geometry.grid, text_tokens=config.text_tokens, attention=config.attention).to(device)
+    model = CLIP(encoders, grid=geometry.grid, text_tokens=config.text_tokens, attention=config.attention)
+    if weights is not None:
+        model.load_state_dict(weights)
+    model.to(device)
     forward = torch.compile(model) if config.compile else model
-    optimizer = optim.build(model, weight_decay=config.weight_decay, beta2=config.beta2)
+    optimizer = optim.build(model, weight_decay=config.weight_decay, beta2=config.beta2, decayed=encoders.decayed)
     describe(config, model, index, order)
 
     step = samples_seen = 0
@@ -113,6 +118,11 @@ def train(config: Config) -> int:
     else:
         if last.state["index_digest"] != index.digest:
             raise ValueError(f"{run} was trained on other data: the shards changed since; use another --out")
+        # With weights, where one source ends and the next begins is part of the order.
+        if shares and last.state.get("source_shards") != list(index.source_shards):
+            raise ValueError(
+                f"{run} was trained on sources of other shards: some moved between them; use another --out"
+            )
         model.load_state_dict(last.model_tensors())
         optim.load_state_tensors(model, optimizer, last.optimizer_tensors())
         step, samples_seen = last.state["step"], last.state["samples_seen"]
@@ -123,7 +133,12 @@ def train(config: Config) -> int:
 
     def save() -> None:
         known_bad = {str(sample): reason for sample, reason in sorted(dict(loader.known_bad).items())}
-        state = {"samples_seen": samples_seen, "index_digest": index.digest, "known_bad": known_bad}
+        state = {
+            "samples_seen": samples_seen,
+            "index_digest": index.digest,
+            "source_shards": index.source_shards,
+            "known_bad": known_bad,
+        }
         tensors = optim.state_tensors(model, optimizer)
         checkpoint.save(run, step, model.state_dict(), tensors, state, config.keep_checkpoints)
 
@@ -138,7 +153,7 @@ def train(config: Config) -> int:
             waiting = time.perf_counter()
             batch = next(batches)
             timer.waited(time.perf_counter() - waiting)
-            batch = batch.pin_memory().to(device) if device.type == "cuda" else batch
+            batch = batch.to(device)
 
             rate = learning_rate(
                 samples_seen, peak=config.lr, warmup_samples=config.warmup_samples, total_samples=total_samples
@@ -150,6 +165,7 @@ def train(config: Config) -> int:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            model.clamp_logit_scale()
 
             step += 1
             samples_seen += config.batch_size
@@ -187,7 +203,8 @@ def train(config: Config) -> int:
                 if saving and not non_finite:
                     save()
                 timer.restart()
-            if stop.asked and step < config.total_steps:
+            # Not stop.asked: a signal that came since has no checkpoint yet, and is answered after the next step.
+            if ending and step < config.total_steps:
                 print(f"interrupted at step {step:,}; the same command goes on from {checkpoint.name_of_newest(run)}")
                 return INTERRUPTED
     print(f"finished: {step:,} steps, {samples_seen:,} pairs; {checkpoint.name_of_newest(run)}")
@@ -259,9 +276,11 @@ def describe(config: Config, model: CLIP, index: Index, order: Order | Mixture) 
     for shard in index.shards:
         if shard.problem:
             print(f"          {shard.path}: {shard.problem}; {shard.usable:,} samples before that are used")
+    on_gpu = config.decoder == "dali" and config.device == "cuda"
+    by_tower = ", ".join(f"{backend} ({tower})" for tower, backend in attention_backends(config).items())
     print(
-        f"device    {config.device}, {config.precision}; decoder {config.decoder} on the CPU; "
-        f"attention {config.attention}; {torch.get_num_threads()} threads",
+        f"device    {config.device}, {config.precision}; decoder {config.decoder} on the {'GPU' if on_gpu else 'CPU'}; "
+        f"attention {by_tower}; {torch.get_num_threads()} threads",
         flush=True,
     )
 

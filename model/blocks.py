@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .attention import Backend, SelfAttention
+from .attention import AttentionName, SelfAttention, Sequences
 from .presets import Activation, BlockInit, ImageConfig, TextConfig
 
 ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
@@ -23,28 +23,40 @@ class Block(nn.Module):
     """x_BND to x_BND: attention, then a two-layer perceptron, each behind its norm and added to what came in."""
 
     def __init__(
-        self, tower: ImageConfig | TextConfig, activation: Activation, norm_eps: float, backend: Backend
+        self,
+        tower: ImageConfig | TextConfig,
+        activation: Activation,
+        norm_eps: float,
+        attention: AttentionName,
+        causal: bool,
     ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(tower.width, eps=norm_eps)
-        self.attention = SelfAttention(tower.width, tower.heads, backend)
+        self.attention = SelfAttention(tower.width, tower.heads, attention, causal=causal)
         self.mlp_norm = nn.LayerNorm(tower.width, eps=norm_eps)
         self.mlp_in = nn.Linear(tower.width, tower.mlp_width)
         self.activation = ACTIVATIONS[activation]()
         self.mlp_out = nn.Linear(tower.mlp_width, tower.width)
 
-    def forward(self, x_BND: torch.Tensor) -> torch.Tensor:
-        x_BND = x_BND + self.attention(self.attention_norm(x_BND))
+    def forward(self, x_BND: torch.Tensor, sequences: Sequences | None = None) -> torch.Tensor:
+        """x: [B, N, D]; or [T, D] with the sequences that are laid end to end in it."""
+        x_BND = x_BND + self.attention(self.attention_norm(x_BND), sequences)
         return x_BND + self.mlp_out(self.activation(self.mlp_in(self.mlp_norm(x_BND))))
 
 
 def block_stack(
-    tower: ImageConfig | TextConfig, activation: Activation, norm_eps: float, backend: Backend
+    tower: ImageConfig | TextConfig,
+    activation: Activation,
+    norm_eps: float,
+    attention: AttentionName,
+    *,
+    causal: bool = False,
 ) -> nn.ModuleList:
     """Returns the tower's blocks in order, initialised as `tower.block_init` says, from torch's global generator."""
-    blocks = [Block(tower, activation, norm_eps, backend) for _ in range(tower.layers)]
+    blocks = [Block(tower, activation, norm_eps, attention, causal) for _ in range(tower.layers)]
     for block in blocks:
-        for linear in (block.attention.qkv, block.attention.out, block.mlp_in, block.mlp_out):
+        # torch's own initialisation of an attention layer has none either.
+        for linear in (block.attention.qkv, block.attention.out):
             nn.init.zeros_(linear.bias)
         BLOCK_INITS[tower.block_init](block, tower)
     return nn.ModuleList(blocks)
@@ -56,9 +68,16 @@ def _xavier(block: Block, tower: ImageConfig | TextConfig) -> None:
         nn.init.xavier_uniform_(weight)
     for linear in (block.attention.out, block.mlp_in, block.mlp_out):
         nn.init.xavier_uniform_(linear.weight)
+    _zero_mlp_biases(block)
 
 
 def _scaled_normal(block: Block, tower: ImageConfig | TextConfig) -> None:
+    _torch_scaled_normal(block, tower)
+    _zero_mlp_biases(block)
+
+
+def _torch_scaled_normal(block: Block, tower: ImageConfig | TextConfig) -> None:
+    """As open_clip's text tower, which leaves the biases of the perceptron as torch made them: uniform."""
     std = tower.width**-0.5
     nn.init.normal_(block.attention.qkv.weight, std=std)
     nn.init.normal_(block.mlp_in.weight, std=std * 2**-0.5)
@@ -67,7 +86,22 @@ def _scaled_normal(block: Block, tower: ImageConfig | TextConfig) -> None:
         nn.init.normal_(linear.weight, std=std * (2 * tower.layers) ** -0.5)
 
 
+def _torch(block: Block, tower: ImageConfig | TextConfig) -> None:
+    """As torch initialises nn.MultiheadAttention: Xavier on query, key and value as one matrix, with fan-out 3 D.
+
+    The other three matrices are linear layers, which are as torch made them.
+    """
+    nn.init.xavier_uniform_(block.attention.qkv.weight)
+
+
+def _zero_mlp_biases(block: Block) -> None:
+    for linear in (block.mlp_in, block.mlp_out):
+        nn.init.zeros_(linear.bias)
+
+
 BLOCK_INITS: dict[BlockInit, Callable[[Block, ImageConfig | TextConfig], None]] = {
     "xavier": _xavier,
     "scaled_normal": _scaled_normal,
+    "torch": _torch,
+    "torch_scaled_normal": _torch_scaled_normal,
 }

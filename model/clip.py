@@ -8,7 +8,7 @@ import math
 import torch
 from torch import nn
 
-from .attention import attention_backend
+from .attention import AttentionName, attention_name, choose
 from .image import ImageTower
 from .presets import ImageConfig, ModelConfig, TextConfig
 from .text import TextTower
@@ -20,23 +20,23 @@ _NORM_EPS = 1e-8
 class CLIP(nn.Module):
     """The encoders of one preset for one grid and one text length.
 
-    Only `text_tokens` shapes a parameter; weights move to another grid as they are. Initialisation draws from torch's
-    global generator: seed it with torch.manual_seed first.
+    Only `text_tokens` and a table of positions that is not computed shape a parameter. Initialisation draws from
+    torch's global generator: seed it with torch.manual_seed first.
     """
 
     def __init__(
         self, config: ModelConfig, *, grid: tuple[int, int], text_tokens: int, attention: str = "auto"
     ) -> None:
-        """grid: (rows, columns) that positions index. attention: `auto`, `sdpa`, or `math`, the slow reference."""
+        """grid: (rows, columns) that positions index. attention: what --attention takes, or `math`, the reference."""
         super().__init__()
         if min(*grid, text_tokens) < 1:
             raise ValueError(f"grid {grid[0]}x{grid[1]} with {text_tokens} text tokens: each must be 1 or more")
-        backend = attention_backend(attention)
+        name = attention_name(attention)
         self.config = config
         self.grid = grid
         self.text_tokens = text_tokens
-        self.image = ImageTower(config, grid, backend)
-        self.text = TextTower(config, text_tokens, backend)
+        self.image = ImageTower(config, grid, name)
+        self.text = TextTower(config, text_tokens, name)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, patches_BNP: torch.Tensor, positions_BN: torch.Tensor) -> torch.Tensor:
@@ -58,6 +58,13 @@ class CLIP(nn.Module):
         text_features_BE = self.encode_text(caption_ids_BL)
         return image_features_BE, text_features_BE, self.logit_scale.exp()
 
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Puts exp(logit_scale) back between 1 and the dialect's bound, if it has one; called after each step."""
+        if self.config.max_logit_scale is not None:
+            # Source: open_clip and CLIPA's torch code; the JAX code leaves it free.
+            self.logit_scale.clamp_(0, math.log(self.config.max_logit_scale))
+
     def num_parameters(self) -> dict[str, int]:
         """Returns how many parameters each tower has: `image`, `text`, and `total` with the temperature."""
         count = {name: sum(p.numel() for p in tower.parameters()) for name, tower in self.named_children()}
@@ -67,6 +74,17 @@ class CLIP(nn.Module):
 def _unit(features_BE: torch.Tensor) -> torch.Tensor:
     features_BE = features_BE.to(torch.promote_types(features_BE.dtype, torch.float32))
     return features_BE / (torch.linalg.vector_norm(features_BE, dim=-1, keepdim=True) + _NORM_EPS)
+
+
+def attention_choices(
+    config: ModelConfig, attention: AttentionName, tokens: int, text_tokens: int, *, device: str, dtype: torch.dtype
+) -> dict[str, str]:
+    """Returns the backend that serves each tower, by its name. Raises ValueError where a named one cannot serve."""
+    towers = {"image": (config.image, tokens + 1), "text": (config.text, text_tokens)}
+    return {
+        name: choose(attention, num_tokens, device=device, dtype=dtype, head_dim=tower.width // tower.heads)
+        for name, (tower, num_tokens) in towers.items()
+    }
 
 
 def gflops_per_pair(config: ModelConfig, tokens: int, text_tokens: int) -> tuple[float, float]:

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import Backend
+from .attention import AttentionName
 from .blocks import block_stack
 from .positions import sincos_2d
-from .presets import ImagePooling, ModelConfig
+from .presets import ImagePooling, ModelConfig, PatchInit
 
 # Of a unit normal cut at two standard deviations.
 _TRUNCATED_STD = 0.87962566103423978
@@ -28,6 +28,7 @@ _PIXEL_CENTRE = 128
 POOLINGS: dict[ImagePooling, Callable[[torch.Tensor], torch.Tensor]] = {
     "class": lambda x_BND: x_BND[:, 0],
     "patch_mean": lambda x_BND: x_BND[:, 1:].mean(dim=1),
+    "token_mean": lambda x_BND: x_BND.mean(dim=1),
 }
 
 
@@ -39,13 +40,17 @@ class PatchEmbedding(nn.Linear):
 
     def __init__(self, config: ModelConfig) -> None:
         values = config.image.patch_values
+        self._init: PatchInit = config.image.patch_init
         super().__init__(values, config.image.width, bias=False)
         mean, std = torch.tensor(config.pixel_mean), torch.tensor(config.pixel_std)
         self.register_buffer("patch_mean_P", (255 * mean - _PIXEL_CENTRE).repeat(values // 3), persistent=False)
         self.register_buffer("patch_std_P", (255 * std).repeat(values // 3), persistent=False)
 
     def reset_parameters(self) -> None:
-        """LeCun normal, the default of flax, where the published models were trained."""
+        """LeCun normal is flax's default of a convolution; torch's, of a convolution and a linear layer, is uniform."""
+        if self._init == "torch":
+            super().reset_parameters()
+            return
         std = math.sqrt(1 / self.in_features) / _TRUNCATED_STD
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
 
@@ -65,13 +70,20 @@ class ImageTower(nn.Module):
 
     position_table_GD: torch.Tensor
 
-    def __init__(self, config: ModelConfig, grid: tuple[int, int], backend: Backend) -> None:
+    def __init__(self, config: ModelConfig, grid: tuple[int, int], attention: AttentionName) -> None:
         super().__init__()
         tower = config.image
         self.patch_embedding = PatchEmbedding(config)
         self.class_token_D = nn.Parameter(torch.zeros(tower.width))
-        self.register_buffer("position_table_GD", sincos_2d(tower.width, grid), persistent=False)
-        self.blocks = block_stack(tower, config.activation, config.norm_eps, backend)
+        if tower.class_init == "normal":
+            nn.init.normal_(self.class_token_D, std=tower.width**-0.5)
+        table_GD = sincos_2d(tower.width, grid, tower.sincos)
+        if tower.positions == "learned":
+            self.position_table_GD = nn.Parameter(table_GD)
+        else:
+            self.register_buffer("position_table_GD", table_GD, persistent=tower.positions == "stored")
+        self.pre_norm = nn.LayerNorm(tower.width, eps=config.norm_eps) if tower.pre_norm else nn.Identity()
+        self.blocks = block_stack(tower, config.activation, config.norm_eps, attention)
         self.pool = POOLINGS[tower.pooling]
         self.final_norm = nn.LayerNorm(tower.width, eps=config.norm_eps)
         self.projection = nn.Linear(tower.width, config.embed_dim, bias=False)
@@ -82,7 +94,7 @@ class ImageTower(nn.Module):
         position_BND = F.embedding(positions_BN.to(torch.int32), self.position_table_GD)
         patch_BND = self.patch_embedding(patches_BNP) + position_BND
         class_B1D = self.class_token_D.expand(len(patch_BND), 1, -1)
-        x_BND = torch.cat([class_B1D, patch_BND], dim=1)
+        x_BND = self.pre_norm(torch.cat([class_B1D, patch_BND], dim=1))
         for block in self.blocks:
             x_BND = block(x_BND)
         return self.projection(self.final_norm(self.pool(x_BND)))

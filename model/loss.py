@@ -26,7 +26,7 @@ def info_nce(
     """
     with torch.autocast(image_features_BE.device.type, enabled=False):
         # Cleared before the products: multiplying by zero later would let an inf or a NaN through.
-        image_BE, text_BE = (_cleared(x_BE, valid_B) for x_BE in (image_features_BE, text_features_BE))
+        image_BE, text_BE = (cleared(x_BE, valid_B) for x_BE in (image_features_BE, text_features_BE))
         # On the smaller side of the product: B * E multiplications rather than B * B.
         scaled_BE = image_BE * logit_scale.to(image_BE.dtype)
         positives_B = torch.arange(len(valid_B), device=valid_B.device)
@@ -37,7 +37,8 @@ def info_nce(
         return (to_text + to_image) / (2 * num_valid)
 
 
-def _cleared(features_BE: torch.Tensor, valid_B: torch.Tensor) -> torch.Tensor:
+def cleared(features_BE: torch.Tensor, valid_B: torch.Tensor) -> torch.Tensor:
+    """Returns features in float32 (or their own, if that is more), with the rows of pairs that do not count at zero."""
     features_BE = features_BE.to(torch.promote_types(features_BE.dtype, torch.float32))
     return features_BE.masked_fill(~valid_B[:, None], 0)
 

@@ -1,19 +1,28 @@
 """Which encoders there are: frozen configs by name, and their way through JSON, since a checkpoint carries its config.
 
-What sets two dialects of CLIPA apart (pooling, activation, epsilon, initialisation) is data here, never a branch there.
+CLIPA has two dialects of different architecture: `NAME` is the JAX one (WordPiece captions; the sweep and the record
+models), `NAME-bpe` the torch one (CLIP's BPE). What sets them apart is data here, never a branch elsewhere.
 """
 
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 Activation = Literal["gelu_tanh", "gelu"]
-BlockInit = Literal["xavier", "scaled_normal"]
-ImagePooling = Literal["patch_mean", "class"]
-TextPooling = Literal["last"]
-Tokenizer = Literal["wordpiece"]
+BlockInit = Literal["xavier", "scaled_normal", "torch", "torch_scaled_normal"]
+PatchInit = Literal["lecun_normal", "torch"]
+ClassInit = Literal["zeros", "normal"]
+ImagePooling = Literal["patch_mean", "class", "token_mean"]
+ImagePositions = Literal["computed", "stored", "learned"]
+SinCos = Literal["moco", "mae"]
+TextPooling = Literal["last", "end"]
+Tokenizer = Literal["wordpiece", "bpe"]
+Decayed = Literal["kernels", "matrices"]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -27,8 +36,19 @@ class ImageConfig:
     patch: int
     """Side of a patch, in pixels."""
     pooling: ImagePooling
-    """`class`: the class token. `patch_mean`: the mean over the patch tokens alone. The final norm comes after."""
+    """`class`: the class token. `patch_mean`: the mean over the patch tokens alone. `token_mean`: over them and the
+    class token. The final norm comes after."""
+    pre_norm: bool = False
+    """A norm between the position embeddings and the first block."""
+    positions: ImagePositions = "computed"
+    """`computed`: the fixed sin-cos table of whatever grid comes. `stored`: a fixed table that came with weights.
+    `learned`: a trained table, which begins as the sin-cos one."""
+    sincos: SinCos = "moco"
+    """Whose frequencies the sin-cos table has."""
     block_init: BlockInit = "xavier"
+    patch_init: PatchInit = "lecun_normal"
+    class_init: ClassInit = "zeros"
+    """`normal`: with standard deviation width**-0.5."""
 
     def __post_init__(self) -> None:
         _check_tower("image", self)
@@ -45,7 +65,7 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A bidirectional transformer over token ids; padding is not masked."""
+    """A transformer over token ids; padding is not masked."""
 
     width: int
     layers: int
@@ -55,7 +75,10 @@ class TextConfig:
     """Rows of the embedding table. BERT's WordPiece uses 30,522 of them."""
     tokenizer: Tokenizer = "wordpiece"
     pooling: TextPooling = "last"
-    """`last`: the last position, often padding. Odd, but it is what the published weights were trained with."""
+    """`last`: the last position, often padding. Odd, but it is what the published weights were trained with.
+    `end`: the position of the end token, the highest id."""
+    causal: bool = False
+    """A token attends to itself and those before it, so what follows the end token changes nothing."""
     block_init: BlockInit = "scaled_normal"
 
     def __post_init__(self) -> None:
@@ -72,14 +95,21 @@ class ModelConfig:
     embed_dim: int
     activation: Activation = "gelu_tanh"
     norm_eps: float = 1e-6
-    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Of pixels scaled to 0-1; red, green, blue (ImageNet)."""
-    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Of pixels scaled to 0-1; red, green, blue."""
+    pixel_std: tuple[float, float, float] = IMAGENET_STD
+    max_logit_scale: float | None = None
+    """After each step the logit scale is put back between 1 and this; None: it is left alone."""
+    decayed: Decayed = "kernels"
+    """What weight decay acts on. `kernels`: the weights of linear layers. `matrices`: all that has two dimensions, so
+    also the token embedding and learned positions."""
 
     def __post_init__(self) -> None:
         _check_choices("model", self)
         if self.embed_dim < 1:
             raise ValueError(f"model embed_dim {self.embed_dim} is below 1")
+        if self.max_logit_scale is not None and self.max_logit_scale <= 1:
+            raise ValueError(f"model max_logit_scale {self.max_logit_scale} is not above 1")
         if len(self.pixel_mean) != 3 or len(self.pixel_std) != 3 or min(self.pixel_std) <= 0:
             raise ValueError(
                 f"model pixel_mean {self.pixel_mean} and pixel_std {self.pixel_std} need 3 values each, std above 0"
@@ -90,7 +120,7 @@ def _check_tower(kind: str, tower: ImageConfig | TextConfig) -> None:
     _check_choices(kind, tower)
     for field in dataclasses.fields(tower):
         value = getattr(tower, field.name)
-        if isinstance(value, int) and value < 1:
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise ValueError(f"{kind} {field.name} {value} is below 1")
     if tower.width % tower.heads:
         raise ValueError(f"{kind} width {tower.width} is no multiple of its {tower.heads} heads")
@@ -103,8 +133,8 @@ def _check_choices(kind: str, config: object) -> None:
             raise ValueError(f"{kind} {name} {value!r} is not known; choose from {', '.join(choices)}")
 
 
-# Sizes: CLIPA, NeurIPS 2023 (arXiv 2305.07017). The published S, B and L of the sweep pool the class token.
-_CONFIGS = (
+# Sizes: CLIPA, NeurIPS 2023 (arXiv 2305.07017). The published S, B and L/16 of the sweep pool the class token.
+_WORDPIECE = (
     ModelConfig(
         "ViT-Ti-16",  # ours, for laptops: not in the paper
         ImageConfig(width=128, layers=2, heads=2, mlp_width=512, patch=16, pooling="class"),
@@ -129,7 +159,63 @@ _CONFIGS = (
         TextConfig(width=768, layers=12, heads=12, mlp_width=3072),
         embed_dim=768,
     ),
+    ModelConfig(
+        "ViT-L-14",
+        ImageConfig(width=1024, layers=24, heads=16, mlp_width=4096, patch=14, pooling="patch_mean"),
+        TextConfig(width=768, layers=12, heads=12, mlp_width=3072),
+        embed_dim=768,
+    ),
+    ModelConfig(
+        "ViT-H-14",
+        ImageConfig(width=1280, layers=32, heads=16, mlp_width=5120, patch=14, pooling="patch_mean"),
+        TextConfig(width=1024, layers=24, heads=16, mlp_width=4096),
+        embed_dim=1024,
+    ),
+    ModelConfig(
+        "ViT-bigG-14",
+        ImageConfig(width=1664, layers=48, heads=16, mlp_width=8192, patch=14, pooling="patch_mean"),
+        TextConfig(width=1280, layers=32, heads=20, mlp_width=5120),
+        embed_dim=1280,
+    ),
 )
+
+
+def _bpe(config: ModelConfig) -> ModelConfig:
+    """Returns the same sizes in the torch dialect."""
+    # The one published model that pools otherwise: L/16 averages all tokens.
+    pooling: ImagePooling = "token_mean" if config.name == "ViT-L-16" else config.image.pooling
+    image = replace(
+        config.image,
+        pooling=pooling,
+        pre_norm=True,
+        sincos="mae",
+        block_init="torch",
+        patch_init="torch",
+        class_init="normal",
+    )
+    text = replace(
+        config.text,
+        vocabulary=49_408,
+        tokenizer="bpe",
+        pooling="end",
+        causal=True,
+        block_init="torch_scaled_normal",
+    )
+    return replace(
+        config,
+        name=f"{config.name}-bpe",
+        image=image,
+        text=text,
+        activation="gelu",
+        norm_eps=1e-5,
+        pixel_mean=OPENAI_MEAN,
+        pixel_std=OPENAI_STD,
+        max_logit_scale=100.0,
+        decayed="matrices",
+    )
+
+
+_CONFIGS = (*_WORDPIECE, *(_bpe(config) for config in _WORDPIECE))
 
 PRESETS: dict[str, ModelConfig] = {config.name: config for config in _CONFIGS}
 

@@ -1,6 +1,6 @@
-"""The text tower: caption ids to one feature a caption. Attention runs both ways and padding takes part.
+"""The text tower: caption ids to one feature a caption. Padding takes part, save where attention is causal.
 
-Shapes: B pairs, L text tokens, D width, E embedding, V vocabulary.
+Shapes: B pairs, L text tokens, D width, E embedding, V vocabulary; T the tokens of a batch up to each end token.
 """
 
 from collections.abc import Callable
@@ -9,25 +9,39 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import Backend
+from .attention import AttentionName, Sequences, choose
 from .blocks import block_stack
 from .presets import ModelConfig, TextPooling
 
-# The ids are there for poolings that look for an end token.
+
+def end_positions(caption_ids_BL: torch.Tensor) -> torch.Tensor:
+    """Returns int64 [B]: where the end token stands, which is the highest id there is."""
+    return caption_ids_BL.argmax(dim=1)
+
+
+def _at_end(x_BLD: torch.Tensor, caption_ids_BL: torch.Tensor) -> torch.Tensor:
+    return x_BLD[torch.arange(len(x_BLD), device=x_BLD.device), end_positions(caption_ids_BL)]
+
+
 POOLINGS: dict[TextPooling, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "last": lambda x_BLD, caption_ids_BL: x_BLD[:, -1],
+    "end": _at_end,
 }
 
 
 class TextTower(nn.Module):
     """A transformer over a fixed number of text tokens, with learned positions."""
 
-    def __init__(self, config: ModelConfig, text_tokens: int, backend: Backend) -> None:
+    def __init__(self, config: ModelConfig, text_tokens: int, attention: AttentionName) -> None:
         super().__init__()
         tower = config.text
+        self.attention: AttentionName = attention
+        self.head_dim = tower.width // tower.heads
+        # Nothing attends to what follows the end token, and nothing is pooled from there: it need not be computed.
+        self.ignores_padding = tower.causal and tower.pooling == "end"
         self.token_embedding = nn.Embedding(tower.vocabulary, tower.width)
         self.positions_LD = nn.Parameter(torch.empty(text_tokens, tower.width))
-        self.blocks = block_stack(tower, config.activation, config.norm_eps, backend)
+        self.blocks = block_stack(tower, config.activation, config.norm_eps, attention, causal=tower.causal)
         self.pool = POOLINGS[tower.pooling]
         self.final_norm = nn.LayerNorm(tower.width, eps=config.norm_eps)
         self.projection = nn.Linear(tower.width, config.embed_dim, bias=False)
@@ -43,7 +57,28 @@ class TextTower(nn.Module):
                 "give both the same --text-tokens"
             )
         x_BLD = F.embedding(caption_ids_BL, self.token_embedding.weight) + self.positions_LD
+        if self.ignores_padding and self._backend(x_BLD) == "flash":
+            pooled_BD = self.pooled_without_padding(x_BLD, caption_ids_BL)
+        else:
+            for block in self.blocks:
+                x_BLD = block(x_BLD)
+            pooled_BD = self.pool(x_BLD, caption_ids_BL)
+        # The dialects norm every position and then pool; a norm sees one position, so pooling first is the same.
+        return self.projection(self.final_norm(pooled_BD))
+
+    def pooled_without_padding(self, x_BLD: torch.Tensor, caption_ids_BL: torch.Tensor) -> torch.Tensor:
+        """Returns what the blocks give at each end token, [B, D], without computing any token after it."""
+        length = caption_ids_BL.shape[1]
+        last_B = end_positions(caption_ids_BL)
+        ends_B = (last_B + 1).cumsum(0)
+        offsets = F.pad(ends_B, (1, 0)).to(torch.int32)
+        kept_BL = torch.arange(length, device=last_B.device) <= last_B[:, None]
+        x_TD = x_BLD[kept_BL]
         for block in self.blocks:
-            x_BLD = block(x_BLD)
-        # The dialect norms every position and then pools; a norm sees one position, so pooling first is the same.
-        return self.projection(self.final_norm(self.pool(x_BLD, caption_ids_BL)))
+            x_TD = block(x_TD, Sequences(offsets, length))
+        return x_TD[ends_B - 1]
+
+    def _backend(self, x_BLD: torch.Tensor) -> str:
+        device = x_BLD.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BLD.dtype
+        return choose(self.attention, x_BLD.shape[1], device=device, dtype=dtype, head_dim=self.head_dim)

@@ -12,10 +12,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
-from model.attention import attention_backend
+from model.attention import AttentionName
+from model.clip import attention_choices
 from model.presets import model_config
+from model.weights import OnResize, Positions
 from pipeline.captions import TextReduction
 from pipeline.colour import ColourJitter
 from pipeline.mixture import split_weights
@@ -49,6 +52,13 @@ class Config:
     """A TOML file of values for these flags; flags on the command line win."""
     model: str = "ViT-B-16"
     """Which encoders, by name."""
+    init: Path | None = None
+    """Weights to start from: a run folder of this program, or open_clip's or CLIPA's .safetensors or .pt file."""
+    image_positions: Positions = "fixed"
+    """Whether the image's position embeddings are trained. They begin as sines and cosines, or as --init has them."""
+    on_resize: OnResize = "auto"
+    """With --init from another grid: compute image positions anew or resample the old ones. auto: anew if they are
+    fixed sines and cosines, else resampled."""
     tokens: int = 16
     """Image tokens kept per image; the class token is not counted."""
     image_reduction: ImageReduction = "resize"
@@ -97,7 +107,8 @@ class Config:
     decoder: Literal["auto", "dali", "turbo"] = "auto"
     """auto: dali on CUDA, turbo on a CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    attention: Literal["auto", "sdpa", "flash", "xformers"] = "auto"
+    attention: AttentionName = "auto"
+    """auto: sdpa, or flash-attn for long sequences on CUDA. math is the slow reference."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on CUDA, fp32 on a CPU."""
     compile: bool = False
@@ -187,6 +198,8 @@ class Config:
             )
         if bool(self.eval_every) != bool(self.eval_data):
             raise ValueError("--eval-data and --eval-every go together: which shard set with classes, and how often")
+        if self.on_resize != "auto" and self.init is None:
+            raise ValueError(f"--on-resize {self.on_resize} is for weights of another grid; give them with --init")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"--max-bad-fraction {self.max_bad_fraction} is outside 0 to 1")
 
@@ -252,7 +265,8 @@ def resolved_device(device: str, *, cuda: bool) -> Literal["cuda", "cpu"]:
 
 
 def resolved(config: Config, *, cuda: bool) -> Config:
-    """Returns the config with every value that follows from others filled in: nothing is None or `auto`.
+    """Returns the config with every value that follows from others filled in: nothing is None or `auto`, save what
+    is decided for each tower (--attention) or by the weights (--on-resize).
 
     cuda: whether this machine has a CUDA device. Raises ValueError where the values ask for what is not there.
     """
@@ -265,17 +279,30 @@ def resolved(config: Config, *, cuda: bool) -> Config:
         "precision": "bf16" if on_cuda else "fp32",
         "decoder": "dali" if on_cuda else "turbo",
     }
-    return dataclasses.replace(
+    filled = dataclasses.replace(
         config,
         out=config.run_folder,
         device=device,
-        attention=attention_backend(config.attention),
         image_size=config.geometry.image_size,
         lanes=config.lanes or default_lanes(config.batch_size),
         steps=config.total_steps,
         samples=samples,
         warmup_samples=min(50_000, samples // 10) if config.warmup_samples is None else config.warmup_samples,
         **{name: value for name, value in automatic.items() if getattr(config, name) == "auto"},
+    )
+    attention_backends(filled)
+    return filled
+
+
+def attention_backends(config: Config) -> dict[str, str]:
+    """Returns what a resolved config's --attention comes to for each tower. Raises ValueError where it cannot serve."""
+    return attention_choices(
+        model_config(config.model),
+        config.attention,
+        config.tokens,
+        config.text_tokens,
+        device=config.device,
+        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
     )
 
 

@@ -5,15 +5,20 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from model.presets import Decayed
 
-def build(model: nn.Module, *, weight_decay: float, beta2: float) -> torch.optim.AdamW:
+
+def build(model: nn.Module, *, weight_decay: float, beta2: float, decayed: Decayed = "kernels") -> torch.optim.AdamW:
     """Returns fused AdamW, betas (0.9, beta2), eps 1e-8. The learning rate is set before each step.
 
-    Decayed: the weight matrices of linear layers (`kernel` in CLIPA's JAX code); not biases, norms, embeddings,
-    positions, the class token or the temperature.
+    Decayed: the weight matrices of linear layers (`kernel` in CLIPA's JAX code); with `matrices`, as in its torch code,
+    also embeddings and learned positions. Never biases, norms, the class token or the temperature.
     """
-    kernels = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if decayed == "matrices":
+        kernels = {id(parameter) for parameter in parameters if parameter.ndim >= 2}
+    else:
+        kernels = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     groups = [
         {"params": [p for p in parameters if id(p) in kernels], "weight_decay": weight_decay},
         {"params": [p for p in parameters if id(p) not in kernels], "weight_decay": 0.0},
