@@ -35,13 +35,13 @@ class Batch:
     """The bad slots of this batch."""
 
     def to(self, device: torch.device) -> "Batch":
-        """Returns the batch with what the encoders need on `device`; a copy from pinned memory does not block."""
+        """Returns the batch with what the encoders need on `device`.
+
+        To a GPU by way of page-locked memory, so that the copy can overlap with the step; what was decoded there stays.
+        """
         if device.type == "cpu":
             return self
         names = ("patches", "positions", "caption_ids", "valid")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
-
-    def pin_memory(self) -> "Batch":
-        """Returns the batch in page-locked memory, so that `to` can overlap with the step."""
-        names = ("patches", "positions", "caption_ids", "valid")
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+        tensors: dict[str, torch.Tensor] = {name: getattr(self, name) for name in names}
+        pinned = {name: each if each.is_cuda else each.pin_memory() for name, each in tensors.items()}
+        return replace(self, **{name: each.to(device, non_blocking=True) for name, each in pinned.items()})

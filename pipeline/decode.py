@@ -18,6 +18,7 @@ from .plan import Windows
 from .tokens import Geometry, Positions, gather_patches
 
 UNDECODABLE = "JPEG cannot be decoded"
+OTHER_SIZE = "image is not of the size that was indexed"
 
 
 @dataclass(frozen=True)

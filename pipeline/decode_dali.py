@@ -16,7 +16,7 @@ import numpy.typing as npt
 import simplejpeg
 import torch
 
-from .decode import UNDECODABLE, Decoded
+from .decode import OTHER_SIZE, UNDECODABLE, Decoded
 from .plan import Windows
 from .tokens import Geometry, Positions, gather_patches
 
@@ -88,9 +88,11 @@ class DaliDecoder:
         encoded = [self._placeholder if jpeg is None else np.frombuffer(jpeg, np.uint8) for jpeg in jpegs]
         try:
             return Decoded(self._run(encoded, sides, start, extent, positions), {})
-        except RuntimeError:
+        except RuntimeError as error:
             # By DALI's design the pipeline is dead now, and the message does not say which image it was.
             self._pipeline = self._build()
+            if missing.all():
+                raise ValueError(f"DALI fails without any image to blame: {_last_line(error)}") from error
         # libjpeg tells at a tenth of the cost of a second run; what it can read and DALI cannot is found by halving.
         culprits = dict.fromkeys(
             (slot for slot, jpeg in enumerate(jpegs) if jpeg is not None and not _decodes(jpeg)), UNDECODABLE
@@ -100,8 +102,13 @@ class DaliDecoder:
             decoded = self._decode_checked(rest, windows, positions, widths, heights)
             return Decoded(decoded.patches, culprits | decoded.faults)
         if len(jpegs) == 1:
-            assert jpegs[0] is not None
-            return Decoded(self._decode_checked([None], windows, positions, widths, heights).patches, {0: UNDECODABLE})
+            # What fails with the placeholder too, or not a second time, was no fault of the image.
+            alone = self._decode_checked([None], windows, positions, widths, heights)
+            try:
+                return Decoded(self._run(encoded, sides, start, extent, positions), {})
+            except RuntimeError:
+                self._pipeline = self._build()
+            return Decoded(alone.patches, {0: UNDECODABLE})
         half = len(jpegs) // 2
         parts = [
             self._decode_checked(jpegs[part], windows[part], positions[part], widths[part], heights[part])
@@ -257,7 +264,7 @@ def _header_fault(jpeg: bytes, height: int, width: int) -> str | None:
         found: tuple[Any, ...] = simplejpeg.decode_jpeg_header(jpeg, strict=False)
     except Exception:  # simplejpeg raises ValueError, and KeyError for what libjpeg does not know
         return UNDECODABLE
-    return None if found[:2] == (height, width) else "image is not of the size that was indexed"
+    return None if found[:2] == (height, width) else OTHER_SIZE
 
 
 def _decodes(jpeg: bytes) -> bool:
@@ -267,6 +274,10 @@ def _decodes(jpeg: bytes) -> bool:
     except Exception:  # as above
         return False
     return True
+
+
+def _last_line(error: Exception) -> str:
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 def _grey_jpeg() -> bytes:

@@ -5,6 +5,7 @@ warp's own ratio stays below 8/5. About 165 us for a 128 px JPEG at 16 tokens; t
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import simplejpeg
 import torch
 
-from .decode import UNDECODABLE, Decoded
+from .decode import OTHER_SIZE, UNDECODABLE, Decoded
 from .plan import Windows
 from .tokens import Geometry, Positions, gather_patches, patchify
 
@@ -39,10 +40,8 @@ class TurboDecoder:
         """See decode.Decoder."""
         height, width = size = self.geometry.decoded_size
         eighths = scale_eighths(windows, size)
-        # libjpeg rounds scaled sizes up; asking for just that size makes it choose this scale. 0: full size.
-        min_heights, min_widths = (
-            np.where(eighths < 8, -(-side * eighths // 8), 0).tolist() for side in (heights.astype(np.int64), widths)
-        )
+        # Asking for just the size that a scale gives makes libjpeg choose that scale.
+        rows, columns = (scaled_side(side, eighths).tolist() for side in (heights, widths))
         maps = _warp_maps(windows, eighths / 8, size)
         pixels = np.zeros((len(jpegs), height, width, 3), np.uint8)
         faults: dict[int, str] = {}
@@ -51,11 +50,12 @@ class TurboDecoder:
                 continue
             try:
                 # Positional and not strict: keywords cost 1 us of the GIL, and DALI too reads on past damaged bits.
-                scaled = simplejpeg.decode_jpeg(
-                    jpeg, "RGB", True, True, min_heights[slot], min_widths[slot], 1, None, False
-                )
+                scaled = simplejpeg.decode_jpeg(jpeg, "RGB", True, True, rows[slot], columns[slot], 1, None, False)
             except Exception:  # simplejpeg raises ValueError, and KeyError for what libjpeg does not know
                 faults[slot] = UNDECODABLE
+                continue
+            if scaled.shape[0] != rows[slot] or scaled.shape[1] != columns[slot]:
+                faults[slot] = OTHER_SIZE
                 continue
             cv2.warpAffine(scaled, maps[slot], (width, height), pixels[slot], _WARP, cv2.BORDER_REPLICATE)
         patch = self.geometry.patch
@@ -72,6 +72,11 @@ def scale_eighths(windows: Windows, size: tuple[int, int]) -> npt.NDArray[np.int
     # A window of exactly the size must not ask for more because of its last bit.
     eighths = np.clip(np.ceil(needed - 1e-9), 1, 8).astype(np.int64)
     return np.where(eighths == 7, 8, eighths)
+
+
+def scaled_side(side: npt.NDArray[Any], eighths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Returns a side of images decoded at n/8 of full size, in pixels: libjpeg rounds up. Each: [batch]."""
+    return -(-side.astype(np.int64) * eighths // 8)
 
 
 def _warp_maps(windows: Windows, scale: npt.NDArray[np.float64], size: tuple[int, int]) -> npt.NDArray[np.float64]:

@@ -92,8 +92,9 @@ def kept_positions(seed: int, epoch: IntArray, sample_ids: IntArray, geometry: G
     draw = functools.partial(uniform, seed, Stream.KEPT, epoch, sample_ids)
     rows, columns = geometry.grid
     if geometry.image_reduction == "random" and not geometry.keeps_all_decoded:
-        # The places of the smallest of as many uniform numbers as there are patches.
-        kept = np.argpartition(draw(rows * columns), geometry.tokens - 1, axis=1)[:, : geometry.tokens]
+        # The places of the smallest of as many uniform numbers as there are patches. Stable: a tie must not fall by
+        # which instructions the CPU has.
+        kept = np.argsort(draw(rows * columns), axis=1, kind="stable")[:, : geometry.tokens]
         return np.sort(kept.astype(np.int16), axis=1)
     if geometry.image_reduction == "grid":
         choices = _window_choices(geometry)

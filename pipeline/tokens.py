@@ -75,6 +75,8 @@ def token_geometry(
     `random`, `grid`, `block`: the image stays at image_size (default 224) and `tokens` of its patches are kept.
     Raises ValueError, naming the nearest that can be, where the values cannot go together.
     """
+    if patch < 1:
+        raise ValueError(f"a patch of {patch} pixels a side is no patch; give at least 1")
     if tokens < 1:
         raise ValueError(f"--tokens {tokens} is below 1; the smallest is --tokens 1")
     if tokens > np.iinfo(np.int16).max:
@@ -84,7 +86,7 @@ def token_geometry(
     if image_reduction == "resize":
         side = _resized_side(tokens, image_size, patch)
     else:
-        side = _masked_side(tokens, image_size or MASKED_IMAGE_SIZE, patch)
+        side = _masked_side(tokens, MASKED_IMAGE_SIZE if image_size is None else image_size, patch)
     decoded = (side, side)
     if image_reduction == "grid":
         _check_grid(tokens, side)
@@ -111,10 +113,17 @@ def _resized_side(tokens: int, image_size: int | None, patch: int) -> int:
 
 def _masked_side(tokens: int, image_size: int, patch: int) -> int:
     side = image_size // patch
-    if image_size < patch or side * patch != image_size:
-        below, above = max(side, 1) * patch, (side + 1) * patch
+    if side < 1:
+        raise ValueError(f"--image-size {image_size} is below one patch; the smallest is {patch}")
+    if side * patch != image_size:
         raise ValueError(
-            f"--image-size {image_size} is no multiple of patch {patch}; the nearest are {below} and {above}"
+            f"--image-size {image_size} is no multiple of patch {patch}; the nearest are {side * patch} "
+            f"and {(side + 1) * patch}"
+        )
+    if side * side > np.iinfo(np.int16).max:
+        raise ValueError(
+            f"--image-size {image_size} makes {side * side} patches, more than the {np.iinfo(np.int16).max} that a "
+            f"position can count; the largest is {math.isqrt(np.iinfo(np.int16).max) * patch}"
         )
     if tokens > side * side:
         raise ValueError(

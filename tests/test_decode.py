@@ -1,6 +1,7 @@
 """Both decoders against the plain reference, on photographs; and what they do with images that cannot be decoded."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,14 +168,45 @@ def test_bad_images_are_named_and_the_others_unharmed(photo_jpegs: list[bytes], 
         assert (decoded.patches[kept] == expected[kept]).all()
 
 
-def test_dali_refuses_an_image_of_another_size_than_indexed(photo_jpegs: list[bytes]) -> None:
+@pytest.mark.parametrize("name", ["dali", "turbo"])
+@pytest.mark.parametrize("tokens", [16, 196])
+def test_an_image_of_another_size_than_indexed_is_refused(photo_jpegs: list[bytes], name: str, tokens: int) -> None:
     jpegs = photo_jpegs[:3]
     widths, heights = sides(jpegs)
     windows = crops(jpegs)
-    decoded = DaliDecoder(token_geometry(16), 3).decode(
-        [jpegs[0], jpegs[2], jpegs[2]], windows, every(jpegs), widths, heights
-    )
+    decoder = new_decoder(name, token_geometry(tokens), 3)
+    swapped = [jpegs[0], jpegs[2], jpegs[2]]
+    decoded = decoder.decode(swapped, windows, every(jpegs, tokens), widths, heights)
     assert decoded.faults == {1: "image is not of the size that was indexed"}
+
+
+class FailingPipeline:
+    """A DALI pipeline that gives up a number of times, whatever it is fed, as one does that runs out of memory."""
+
+    def __init__(self, decoder: DaliDecoder, failures: int) -> None:
+        self._decoder, self._failures = decoder, failures
+        self._run, decoder._run = decoder._run, self.run
+
+    def run(self, *fed: Any) -> Any:
+        self._failures -= 1
+        if self._failures >= 0:
+            raise RuntimeError("Critical error in pipeline:\nout of memory\n")
+        return self._run(*fed)
+
+
+def test_dali_running_out_of_memory_blames_no_image(photo_jpegs: list[bytes]) -> None:
+    jpegs = photo_jpegs[:4]
+    widths, heights = sides(jpegs)
+    windows = crops(jpegs)
+    expected = DaliDecoder(token_geometry(16), 4).decode(jpegs, windows, every(jpegs), widths, heights).patches
+    decoder = DaliDecoder(token_geometry(16), 4)
+    FailingPipeline(decoder, failures=3)  # the batch, its first half, and that one's first image
+    decoded = decoder.decode(jpegs, windows, every(jpegs), widths, heights)
+    assert decoded.faults == {}
+    assert (decoded.patches == expected).all()
+    FailingPipeline(decoder, failures=10**9)
+    with pytest.raises(ValueError, match="DALI fails without any image to blame: out of memory"):
+        decoder.decode(jpegs, windows, every(jpegs), widths, heights)
 
 
 @pytest.mark.parametrize("name", ["dali", "turbo"])

@@ -30,6 +30,8 @@ def test_what_cannot_be_names_the_nearest_that_can() -> None:
     [
         ("random", 300, None, "--tokens 300 exceeds the 196 patches of a 224-pixel image at patch 16; lower"),
         ("random", 49, 220, "--image-size 220 is no multiple of patch 16; the nearest are 208 and 224"),
+        ("random", 49, 0, "--image-size 0 is below one patch; the smallest is 16"),
+        ("random", 49, 2912, "--image-size 2912 makes 33124 patches, more than the 32767 .* the largest is 2896"),
         ("grid", 50, None, "--tokens 50 is not 1/4 or 1/2 of the 196 patches.*; the nearest are 49 and 98"),
         ("grid", 56, 240, "an even number of patches a side, not 15"),
         ("block", 17, None, "--tokens 17 makes no block .* in 14 x 14 patches; the nearest are 16 and 18"),
