@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import simplejpeg
+import torch
 from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
@@ -22,6 +23,14 @@ Pixels = npt.NDArray[np.uint8]
 
 def encode(pixels: Pixels, quality: int = 90) -> bytes:
     return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, colorsubsampling="420")
+
+
+@pytest.fixture(autouse=True)
+def same_torch_threads() -> Iterator[None]:
+    """Benchmarks set how many threads torch has; sums, and so a run's last bits, depend on it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
