@@ -47,6 +47,7 @@ class FileCache:
         """The files this process has open, the least recently used first."""
         self._let_go: dict[str, float] = {}
         """When files that had to make room for others were last used."""
+        self._num_fetching = 0
         self._warned = False
         self._guard = threading.Lock()
 
@@ -96,10 +97,14 @@ class FileCache:
                     descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC)
                     fcntl.flock(descriptor, fcntl.LOCK_EX)
                     break
+                elif self._num_fetching:  # this process takes up room itself, and frees it when it has read
+                    give_up = time.monotonic() + self.full_wait_s
             if time.monotonic() > give_up:
                 raise CacheFull(f"no room for {size:,} bytes in {self.folder} ({self.limit_bytes:,} bytes, all in use)")
             time.sleep(_WAIT_S)
         opened = OpenFile(descriptor)
+        with self._guard:
+            self._num_fetching += 1
         try:
             fetch(partial)
             assert os.fstat(descriptor).st_size == size, "what is not whole must not take its name"
@@ -109,6 +114,9 @@ class FileCache:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+        finally:
+            with self._guard:
+                self._num_fetching -= 1
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         return opened
 
@@ -152,13 +160,14 @@ def _entries(folder: Path) -> Generator[tuple[int, int, Path]]:
     """The (time of last use, bytes, path) of each file of the cache; files of other names are none of its business."""
     for entry in os.scandir(folder):
         stem, suffix = os.path.splitext(entry.name)
-        if suffix not in (_SUFFIX, _PARTIAL):
+        listed_bytes = stem.rpartition(".")[2]
+        if suffix != _SUFFIX and not (suffix == _PARTIAL and "." in stem and listed_bytes.isdecimal()):
             continue
         try:
             status = entry.stat()
         except FileNotFoundError:
             continue
-        yield status.st_mtime_ns, int(stem.rpartition(".")[2]) if suffix == _PARTIAL else status.st_size, Path(entry)
+        yield status.st_mtime_ns, int(listed_bytes) if suffix == _PARTIAL else status.st_size, Path(entry)
 
 
 def _open_shared(path: Path) -> int | None:

@@ -8,10 +8,12 @@ import errno
 import functools
 import itertools
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,8 @@ from .scan import EOI_TAIL
 from .store import ReadFailed
 
 __all__ = ["ReadFailed", "Reader", "Rows"]
+
+Result = TypeVar("Result")
 
 _READ_ATTEMPTS = 4
 _SHORTER = "shard shorter than its index"
@@ -50,6 +54,7 @@ class Reader:
     def __init__(self, index: Index, max_open: int = 256) -> None:
         self.index = index
         self._open = functools.lru_cache(maxsize=max_open)(_open_file)
+        self._warned = False
 
     def locate(self, slots: Slots) -> Rows:
         """Returns the rows of slots that name samples by (shard, ordinal of its usable ones)."""
@@ -66,18 +71,13 @@ class Reader:
     def prefetch(self, shards: IntArray) -> None:
         """Starts to fetch what of these shards is remote and not here; for those of batches to come."""
         if self.index.remote:
-            self._bring(shards)
+            self._bring(np.unique(shards).tolist())
 
     def images(self, rows: Rows) -> list[bytes | str]:
         """Returns the JPEG of each row, or the reason why it cannot be used. Raises ReadFailed."""
-        if self.index.remote:
-            for shard in self._bring(rows.shard):
-                shard.result()
         jpegs: list[bytes | str] = []
-        for shard, offset, size in zip(
-            rows.shard.tolist(), rows.image_offset.tolist(), rows.image_bytes.tolist(), strict=True
-        ):
-            jpeg = self._read(shard, offset, size)
+        contents = self._contents(rows.shard, rows.image_offset, rows.image_bytes)
+        for jpeg, size in zip(contents, rows.image_bytes.tolist(), strict=True):
             if len(jpeg) != size:
                 jpegs.append(_SHORTER)
             elif jpeg[:3] != b"\xff\xd8\xff" or b"\xff\xd9" not in jpeg[-EOI_TAIL:]:
@@ -96,11 +96,8 @@ class Reader:
         for shard, here in _by_shard(rows.shard):
             columns = self.index.rows(shard)
             offsets[here], sizes[here] = columns.caption_offset[at[here]], columns.caption_bytes[at[here]]
-        captions: list[bytes | str] = []
-        for shard, offset, size in zip(rows.shard.tolist(), offsets.tolist(), sizes.tolist(), strict=True):
-            text = self._read(shard, offset, size)
-            captions.append(text if len(text) == size else _SHORTER)
-        return captions
+        contents = self._contents(rows.shard, offsets, sizes)
+        return [text if len(text) == size else _SHORTER for text, size in zip(contents, sizes.tolist(), strict=True)]
 
     def key(self, shard: int, row: int) -> str:
         return self.index.rows(shard).keys[row]
@@ -121,31 +118,63 @@ class Reader:
             num_captions=samples["num_captions"].astype(np.int64),
         )
 
-    def _read(self, shard: int, offset: int, size: int) -> bytes:
-        path = self.index.shards[shard].path
-        for attempt in range(_READ_ATTEMPTS):
-            try:
-                # Held in a name until the read is done: an evicted shard closes when nobody holds it.
-                shard_file = self._remote(shard) if "://" in path else self._open(path)
-                return _read_fully(shard_file.descriptor, size, offset)
-            except OSError as error:
-                if attempt == _READ_ATTEMPTS - 1 or error.errno == errno.ENOENT:
-                    raise ReadFailed(
-                        f"{path}: cannot be read ({error.strerror or error}); bring it back and run the same command"
-                    ) from None
-                time.sleep(0.1 * 4**attempt)
-        raise AssertionError("unreachable")
+    def _contents(self, shards: IntArray, offsets: IntArray, sizes: IntArray) -> list[bytes]:
+        """Returns bytes [offset, offset + size) of each shard, fewer where it ends before. Each argument: [batch]."""
+        order = np.argsort(shards, kind="stable")
+        sorted_shards = shards[order].tolist()
+        arriving = self._bring(list(dict.fromkeys(sorted_shards))) if self.index.remote else {}
+        contents = [b""] * len(sorted_shards)
+        opened, path, shard_file = -1, "", None
+        for at, shard, offset, size in zip(
+            order.tolist(), sorted_shards, offsets[order].tolist(), sizes[order].tolist(), strict=True
+        ):
+            if shard != opened:
+                # One shard at a time, let go before the next: a cache need not hold all that a batch reads from.
+                opened, path, shard_file = shard, self.index.shards[shard].path, None
+                if shard in arriving:
+                    arriving[shard].result()
+                shard_file = _patiently(path, self._opened, shard)
+            assert shard_file is not None
+            contents[at] = _patiently(path, _read_fully, shard_file.descriptor, size, offset)
+        return contents
 
-    def _remote(self, shard: int) -> OpenFile:
+    def _opened(self, shard: int) -> OpenFile:
         info = self.index.shards[shard]
-        return self.index.store.open(info.path, info.shard_bytes, info.identity)
+        if "://" in info.path:
+            return self.index.store.open(info.path, info.shard_bytes, info.identity)
+        return self._open(info.path)
 
-    def _bring(self, shards: IntArray) -> list["Future[OpenFile]"]:
-        infos = [self.index.shards[shard] for shard in np.unique(shards).tolist()]
-        missing = [
-            info for info in infos if "://" in info.path and not self.index.store.holds(info.path, info.identity)
-        ]
-        return self.index.store.bring((info.path, info.shard_bytes, info.identity) for info in missing)
+    def _bring(self, shards: list[int]) -> dict[int, "Future[None]"]:
+        """Starts to fetch those of a batch's shards that are remote. Does nothing where the cache cannot hold them
+        all: they would push each other out, unread."""
+        store = self.index.store
+        infos = {shard: info for shard in shards if "://" in (info := self.index.shards[shard]).path}
+        total, limit = sum(info.shard_bytes for info in infos.values()), store.limits.cache_bytes
+        if total > limit:
+            if not self._warned:
+                self._warned = True
+                print(
+                    f"{store.limits.cache_folder}: a batch reads from {len(infos)} shards of {total:,} bytes in all, "
+                    f"more than its {limit:,}, so each batch fetches its shards anew; raise SHORTCLIP_CACHE_GB",
+                    file=sys.stderr,
+                )
+            return {}
+        futures = store.bring((info.path, info.shard_bytes, info.identity) for info in infos.values())
+        return dict(zip(infos, futures, strict=True))
+
+
+def _patiently(path: str, read: Callable[..., Result], *arguments: Any) -> Result:
+    """What `read` returns, after some tries: network file systems fail for a moment. Raises ReadFailed."""
+    for attempt in range(_READ_ATTEMPTS):
+        try:
+            return read(*arguments)
+        except OSError as error:
+            if attempt == _READ_ATTEMPTS - 1 or error.errno == errno.ENOENT:
+                raise ReadFailed(
+                    f"{path}: cannot be read ({error.strerror or error}); bring it back and run the same command"
+                ) from None
+            time.sleep(0.1 * 4**attempt)
+    raise AssertionError("unreachable")
 
 
 def _by_shard(shard: IntArray) -> Iterator[tuple[int, IntArray]]:

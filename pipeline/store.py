@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from .cache import CacheFull, FileCache, OpenFile
 from .sources import Shard, check_url, expand, is_remote, join, local_shards
-from .transfer import Progress, calling, copying, filesystem, identity, in_thread, is_final, one_line
+from .transfer import Progress, calling, copying, done, filesystem, identity, in_thread, is_final, one_line
 
 Result = TypeVar("Result")
 
@@ -62,6 +62,8 @@ class Limits:
     stall_s: float = 20.0
     """An attempt ends when this long brings less than `floor_bytes_per_s`."""
     floor_bytes_per_s: float = 64 << 10
+    listing_s: float = 300.0
+    """The same for the list of a folder, whose pages are not seen as they come: 1,000 names each, half a second."""
     cache_bytes: int = field(default_factory=_cache_bytes)
     """Of the local cache; SHORTCLIP_CACHE_GB, else 64 GB."""
     cache_folder: Path = field(default_factory=lambda: cache_root() / "shards")
@@ -74,6 +76,10 @@ class Store:
         self.limits = limits
         self.cache = _file_cache(limits.cache_folder, limits.cache_bytes)
         self._streams = threading.Semaphore(limits.streams)
+        self._fetching: dict[str, Future[None]] = {}
+        """Cached name -> the fetch under way. A failed one is forgotten: the store may be back."""
+        self._guard = threading.Lock()
+        self._warned = False
 
     def shards(self, source: str | Path) -> list[Shard]:
         """Returns the shards of a source in order, at least one. Raises ValueError in one line.
@@ -87,15 +93,15 @@ class Store:
         check_url(source)
         path = urlsplit(source).path
         if path.endswith(".tar"):
-            return self._stated(source, expand(source))
+            return self._told_apart(self._stated(source, expand(source)))
         if path.endswith(".txt"):
-            return self._stated(source, self._named_in(source))
+            return self._told_apart(self._stated(source, self._named_in(source)))
         if source.startswith(("http://", "https://")):
             raise ValueError(
                 f"--data {source}: HTTP lists no folders; give .../{{00000..00041}}.tar, or the URL of a .txt file "
                 "that names one shard a line"
             )
-        return self._listed(source)
+        return self._told_apart(self._listed(source))
 
     def open(self, path: str, shard_bytes: int, identity: str) -> OpenFile:
         """Returns a remote shard as an open local file. Raises ReadFailed in one line."""
@@ -112,18 +118,32 @@ class Store:
         except OSError as error:
             raise ReadFailed(f"{self.cache.folder}: cannot be used as cache ({error.strerror or error})") from None
 
-    def bring(self, shards: Iterable[tuple[str, int, str]]) -> list["Future[OpenFile]"]:
-        """Starts to open remote shards side by side, so that a batch does not wait for each in turn."""
+    def bring(self, shards: Iterable[tuple[str, int, str]]) -> list["Future[None]"]:
+        """Starts to fetch remote shards side by side; returns when each is here. However often one is asked for
+        meanwhile, it is fetched once.
 
-        def work(shard: tuple[str, int, str]) -> OpenFile:
-            with self._streams:
-                return self.open(*shard)
+        A future holds no file: a shard that it kept open could not make room for the others.
+        """
+        return [self._bring(*shard) for shard in shards]
 
-        return [in_thread(functools.partial(work, shard)) for shard in shards]
+    def _bring(self, path: str, shard_bytes: int, identity: str) -> "Future[None]":
+        name = _cached_name(path, identity)
 
-    def holds(self, path: str, identity: str) -> bool:
-        """Whether this process has a remote shard open."""
-        return self.cache.holds(_cached_name(path, identity))
+        def work() -> None:
+            try:
+                with self._streams:
+                    self.open(path, shard_bytes, identity)
+            finally:
+                with self._guard:
+                    del self._fetching[name]
+
+        with self._guard:
+            if name in self._fetching:
+                return self._fetching[name]
+            if self.cache.holds(name):
+                return done()
+            future = self._fetching[name] = in_thread(work)
+            return future
 
     def _fetch(self, shard: Shard, target: Path) -> None:
         files, path = filesystem(shard.path)
@@ -164,7 +184,7 @@ class Store:
             f"{url}: gave up after {limits.attempts} attempts ({why}); when the store is back, run the same command"
         )
 
-    def _watched(self, future: "Future[Result]", progress: "Progress | None" = None) -> Result:
+    def _watched(self, future: "Future[Result]", progress: Progress) -> Result:
         """The result of a transfer that keeps to the least speed."""
         before = 0
         while True:
@@ -173,17 +193,27 @@ class Store:
             except FutureTimeout:
                 if future.done():  # a timeout of the store's own
                     raise
-                now = progress.value if progress else 0
-                if progress is None or now - before < self.limits.floor_bytes_per_s * self.limits.stall_s:
-                    if progress:
-                        progress.abandoned = True
+                now = progress.value
+                if now - before < self.limits.floor_bytes_per_s * self.limits.stall_s:
+                    progress.abandoned = True
                     future.cancel()
                     raise OSError(f"{now - before:,} bytes in {self.limits.stall_s:g} s") from None
                 before = now
 
+    def _answer(self, limit_s: float, files: Any, name: str, *arguments: Any, **options: Any) -> Any:
+        """What one of fsspec's methods returns, within a time."""
+        future = calling(files, name, *arguments, **options)
+        try:
+            return future.result(limit_s)
+        except FutureTimeout:
+            if future.done():  # a timeout of the store's own
+                raise
+            future.cancel()
+            raise OSError(f"no answer in {limit_s:g} s") from None
+
     def _info(self, url: str) -> dict[str, Any]:
         files, path = filesystem(url)
-        return self._watched(calling(files, "info", path))
+        return self._answer(self.limits.stall_s, files, "info", path)
 
     def _stated(self, source: str, urls: Sequence[str]) -> list[Shard]:
         """The shards at URLs that the user named: each must be there and state its size."""
@@ -208,7 +238,7 @@ class Store:
             size = _size(self._info(source))
             if size is not None and size > _MAX_LIST_BYTES:
                 raise ReadFailed(f"{source}: a list of {size:,} bytes; the limit is {_MAX_LIST_BYTES:,}")
-            return self._watched(calling(files, "cat_file", path))
+            return self._answer(self.limits.listing_s, files, "cat_file", path)
 
         lines = self._retry(source, read).decode("utf-8", "replace").splitlines()
         urls: list[str] = []
@@ -225,7 +255,7 @@ class Store:
     def _listed(self, source: str) -> list[Shard]:
         files, path = filesystem(source)
         entries: list[dict[str, Any]] = self._retry(
-            f"--data {source}", lambda: self._watched(calling(files, "ls", path, detail=True))
+            f"--data {source}", lambda: self._answer(self.limits.listing_s, files, "ls", path, detail=True)
         )
         found = {str(files.unstrip_protocol(entry["name"])): entry for entry in entries if entry["type"] == "file"}
         shards = [_shard(url, found[url]) for url in sorted(found) if url.endswith(".tar")]
@@ -233,7 +263,20 @@ class Store:
             raise ValueError(f"--data {source}: no .tar shards in it; give the folder that holds NNNNN.tar files")
         return shards
 
+    def _told_apart(self, shards: list[Shard]) -> list[Shard]:
+        """The same shards; says once where their store would not tell of a change."""
+        unmarked = next((shard for shard in shards if not shard.identity), None)
+        if unmarked and not self._warned:
+            self._warned = True
+            print(
+                f"{unmarked.path}: its server sends neither ETag nor date, so a shard that changes is noticed only "
+                "where its length does",
+                file=sys.stderr,
+            )
+        return shards
 
+
+@functools.lru_cache(maxsize=1 << 16)
 def _cached_name(path: str, identity: str) -> str:
     return hashlib.sha256(f"{path}\n{identity}".encode()).hexdigest()[:32]
 

@@ -93,6 +93,13 @@ def in_thread(work: Callable[[], Result]) -> "Future[Result]":
     return future
 
 
+def done() -> "Future[None]":
+    """Returns a future of what is already so."""
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future
+
+
 def identity(info: dict[str, Any]) -> str:
     """Returns what changes when a file of the store does, "" where the store does not say."""
     return next((str(info[name]) for name in _IDENTITIES if info.get(name)), "")

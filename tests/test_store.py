@@ -14,14 +14,17 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+import torch
 from conftest import write_tar
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.cache import CacheFull, FileCache
 from pipeline.index import Index, open_index
+from pipeline.loader import Loader, Settings
 from pipeline.order import Order
 from pipeline.read import Reader, ReadFailed
 from pipeline.store import Limits, Store
+from pipeline.tokens import token_geometry
 
 Make = Callable[[int], dict[str, Any]]
 
@@ -39,6 +42,11 @@ class Faults(http.server.SimpleHTTPRequestHandler):
 
     faults: dict[str, tuple[str, int]]
     gets: list[str]
+    dated = True
+
+    def send_header(self, keyword: str, value: str) -> None:
+        if self.dated or keyword != "Last-Modified":
+            super().send_header(keyword, value)
 
     def do_GET(self) -> None:
         type(self).gets.append(self.path)
@@ -235,6 +243,8 @@ def test_a_store_that_goes_away_stops_the_run_and_is_no_bad_sample(
     handler.faults |= {f"/{i:05d}.tar": ("503", -1) for i in range(6)}
     with pytest.raises(ReadFailed, match=r"gave up after 3 attempts \(HTTP 503.*run the same command$"):
         batches(index, 1)
+    for fetch in index.store.bring(remote_shard(index, shard) for shard in range(6)):
+        assert fetch.exception()  # also those that the batch did not wait for
     handler.faults.clear()
     assert all(isinstance(item, bytes) for items in batches(index, 1)[0] for item in items)
 
@@ -257,6 +267,80 @@ def test_what_is_prefetched_is_there(web: tuple[str, type[Faults], Path]) -> Non
     reader.prefetch(np.array([2]))
     with pytest.raises(ReadFailed, match=r"00002\.tar: gave up"):
         reader.images(rows)
+
+
+def forget(index: Index) -> None:
+    """Empties the cache."""
+    index.store.cache.release()
+    shutil.rmtree(index.store.limits.cache_folder)
+
+
+def new_loader(index: Index, lanes: int) -> Loader:
+    order = Order(index.shard_sizes, batch_size=8, seed=3, lanes=lanes, window_shards=2)
+    return Loader(index, order, Settings(token_geometry(16), 8, "turbo", seed=3))
+
+
+@pytest.mark.parametrize(
+    ("lanes", "steps", "room", "warned"),
+    [(8, 10, 2, True), (1, 50, 4, False)],
+    ids=["a cache below a batch's shards", "a cache below the set"],
+)
+def test_a_loader_gives_the_batches_of_the_folder_bit_for_bit(
+    web: tuple[str, type[Faults], Path],
+    shards: Path,
+    lanes: int,
+    steps: int,
+    room: int,
+    warned: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    url, handler, _ = web
+    local = open_index([shards])
+    cache_bytes = sum(sorted(info.shard_bytes for info in local.shards)[-room:])
+    remote = open_index([f"{url}/{{00000..00005}}.tar"], limits=quick(cache_bytes=cache_bytes))
+    forget(remote)
+    handler.gets.clear()
+    found = list(new_loader(remote, lanes).batches(0, steps, threads=2, prefetch=3))
+    expected = list(new_loader(local, lanes).batches(0, steps))
+    assert len(found) == steps
+    for one, other in zip(found, expected, strict=True):
+        for name in ("patches", "positions", "caption_ids", "valid", "sample_ids"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+        assert one.rejected == other.rejected == ()
+    assert len(handler.gets) > 6  # some had to go and come again
+    errors = capsys.readouterr().err
+    assert errors.count("a batch reads from") == warned
+
+
+def test_a_store_that_stays_away_is_asked_as_often_as_one_read_asks(web: tuple[str, type[Faults], Path]) -> None:
+    url, handler, _ = web
+    index = open_index([f"{url}/{{00000..00005}}.tar"], limits=quick(first_wait_s=0.1))
+    forget(index)
+    handler.gets.clear()
+    handler.faults |= {f"/{i:05d}.tar": ("503", -1) for i in range(6)}
+    with pytest.raises(ReadFailed, match="gave up after 3 attempts"):
+        list(new_loader(index, 8).batches(0, 100, threads=2, prefetch=40))
+    # Once for the first batch and those ahead of it, once more for what the threads began as it failed, and one spare.
+    assert max(handler.gets.count(path) for path in set(handler.gets)) <= 3 * 3
+    # One under way is shared; one that failed is begun anew.
+    first, again = index.store.bring([remote_shard(index, 0)] * 2)
+    assert first is again
+    with pytest.raises(ReadFailed):
+        first.result()
+    handler.faults.clear()
+    index.store.bring([remote_shard(index, 0)])[0].result()
+
+
+def test_a_server_without_dates_is_told_of_once(
+    web: tuple[str, type[Faults], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, handler, _ = web
+    source = f"{url}/{{00000..00001}}.tar"
+    open_index([source], limits=quick())
+    assert "neither ETag nor date" not in capsys.readouterr().err
+    handler.dated = False
+    open_index([source, f"{url}/00002.tar"], limits=quick())
+    assert capsys.readouterr().err.count("/00000.tar: its server sends neither ETag nor date") == 1
 
 
 def test_an_address_where_nothing_listens_is_one_line() -> None:
@@ -316,6 +400,11 @@ class Vault(LocalFileSystem):
 
     protocol = "vault"
     stuck = False
+    ls_s = 0.0
+
+    def ls(self, path: Any, detail: bool = False, **options: Any) -> Any:
+        time.sleep(type(self).ls_s)
+        return super().ls(path, detail=detail, **options)
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
@@ -342,6 +431,14 @@ def test_a_store_without_asynchronous_calls(shards: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Vault, "stuck", True)
     with pytest.raises(ReadFailed, match=r"gave up after 3 attempts \(0 bytes in 0.2 s\)"):
         Store(quick(stall_s=0.2)).open(*remote_shard(index, 0))
+
+
+def test_a_long_listing_has_a_limit_of_its_own(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("vault", Vault, clobber=True)
+    monkeypatch.setattr(Vault, "ls_s", 0.5)
+    assert len(Store(quick(stall_s=0.2)).shards(f"vault:/{shards}")) == 6
+    with pytest.raises(ReadFailed, match=r"gave up after 3 attempts \(no answer in 0.1 s\)"):
+        Store(quick(listing_s=0.1)).shards(f"vault:/{shards}")
 
 
 def remote_shard(index: Index, shard: int) -> tuple[str, int, str]:
@@ -390,6 +487,26 @@ def test_a_full_cache_of_files_in_use_says_so(tmp_path: Path) -> None:
     cache.release()
     other.open("c", 10, writing(b"x" * 10))
     assert len(names(tmp_path)) == 2
+
+
+def test_a_fetch_under_way_is_waited_for_and_other_files_are_left_alone(tmp_path: Path) -> None:
+    cache = FileCache(tmp_path, 10, full_wait_s=0.1)
+    foreign = [tmp_path / name for name in ("notes.partial", "10.partial", "a.b.partial", "notes.txt")]
+    for path in foreign:
+        path.write_bytes(b"x" * 100)
+
+    def slowly(path: Path) -> None:
+        time.sleep(0.5)
+        path.write_bytes(b"x" * 10)
+
+    def contents(name: str) -> bytes:
+        return os.pread(cache.open(name, 10, slowly).descriptor, 10, 0)
+
+    # Each needs all the room there is, for longer than another would wait for what is only held.
+    with ThreadPoolExecutor(3) as pool:
+        for future in [pool.submit(contents, name) for name in "abc"]:
+            assert future.result() == b"x" * 10
+    assert all(path.exists() for path in foreign)
 
 
 def test_a_failed_fetch_leaves_nothing_and_a_file_is_fetched_once(tmp_path: Path) -> None:
