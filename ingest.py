@@ -28,9 +28,6 @@ class Ingest:
     workers: int = os.cpu_count() or 1
     """Processes. Their number does not change the data."""
 
-    def __post_init__(self) -> None:
-        _check_workers(self.workers)
-
 
 @dataclass(frozen=True)
 class Shrink:
@@ -53,14 +50,9 @@ class Shrink:
     workers: int | None = None
     """Shards in work at a time; default: one a core, with Ray of the whole cluster. Does not change the data."""
 
-    def __post_init__(self) -> None:
-        shrink.Options(self.short_side, self.quality)
-        if self.workers is not None:
-            _check_workers(self.workers)
 
-
-def _check_workers(workers: int) -> None:
-    if workers < 1:
+def _check_workers(workers: int | None) -> None:
+    if workers is not None and workers < 1:
         raise ValueError(f"--workers {workers} is less than 1; give at least 1")
 
 
@@ -76,6 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def make_shards(config: Ingest) -> str:
     """Makes what the recipe says and returns a line for each shard set."""
+    _check_workers(config.workers)
     summary = emoji.make(load(config.recipe), config.out, config.workers)
     return "\n".join(
         f"{config.out / split}: {entry['samples']:,} pairs in {len(entry['files']) // 2} shards"
@@ -85,6 +78,7 @@ def make_shards(config: Ingest) -> str:
 
 def make_copies(config: Shrink) -> str:
     """Makes the copies and returns what became of the samples, and the bytes saved."""
+    _check_workers(config.workers)
     options = shrink.Options(config.short_side, config.quality)
     report = shrink.shrink(config.source, config.out, options, config.engine, config.workers)
     return shrink.describe(report, config.source, config.out)

@@ -37,7 +37,7 @@ from training.config import STARTER, Config, attention_backends, parse, record, 
 from training.initial import recorded_encoders, starting_encoders
 from training.metrics import LEDGER, METRICS, REJECTED, BadSampleBudget, RunLog, StepTimer, ids_hash
 from training.schedule import learning_rate
-from validate import ShardSet, zero_shot_accuracy
+from validate import ShardSet, local_folder, zero_shot_accuracy
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM, with a checkpoint saved."""
@@ -98,7 +98,7 @@ def train(config: Config) -> int:
     loader = Loader(index, order, settings)
     held_out = None
     if config.eval_data:
-        held_out = ShardSet(Path(config.eval_data), settings)
+        held_out = ShardSet(local_folder("--eval-data", config.eval_data), settings)
         if not held_out.names:
             raise ValueError(f"--eval-data {config.eval_data} has no {CLASS_NAMES_FILE}; give a shard set with classes")
 

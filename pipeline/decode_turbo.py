@@ -5,7 +5,6 @@ warp's own ratio stays below 8/5. About 165 us for a 128 px JPEG at 16 tokens; t
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import cv2
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 
 from .decode import OTHER_SIZE, UNDECODABLE, Decoded
 from .plan import Windows
+from .scaled import scaled_side
 from .tokens import Geometry, Positions, gather_patches, patchify
 
 # Threads are the loader's; OpenCV's own pool would only add hand-overs to calls of 50 us.
@@ -40,7 +40,6 @@ class TurboDecoder:
         """See decode.Decoder."""
         height, width = size = self.geometry.decoded_size
         eighths = scale_eighths(windows, size)
-        # Asking for just the size that a scale gives makes libjpeg choose that scale.
         rows, columns = (scaled_side(side, eighths).tolist() for side in (heights, widths))
         maps = _warp_maps(windows, eighths / 8, size)
         pixels = np.zeros((len(jpegs), height, width, 3), np.uint8)
@@ -72,11 +71,6 @@ def scale_eighths(windows: Windows, size: tuple[int, int]) -> npt.NDArray[np.int
     # A window of exactly the size must not ask for more because of its last bit.
     eighths = np.clip(np.ceil(needed - 1e-9), 1, 8).astype(np.int64)
     return np.where(eighths == 7, 8, eighths)
-
-
-def scaled_side(side: npt.NDArray[Any], eighths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Returns a side of images decoded at n/8 of full size, in pixels: libjpeg rounds up. Each: [batch]."""
-    return -(-side.astype(np.int64) * eighths // 8)
 
 
 def _warp_maps(windows: Windows, scale: npt.NDArray[np.float64], size: tuple[int, int]) -> npt.NDArray[np.float64]:

@@ -55,7 +55,7 @@ def split_weights(data: Sequence[str]) -> tuple[list[str], list[float] | None]:
 
 def _split(item: str) -> tuple[str, float | None]:
     source, equals, number = item.rpartition("=")
-    if not (source and equals) or os.path.exists(item):
+    if not (source and equals) or "_" in number or os.path.exists(item):  # Python reads 1_0 as 10
         return item, None
     try:
         return source, float(number)

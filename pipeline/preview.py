@@ -19,6 +19,7 @@ from PIL import Image
 from .batch import Batch
 from .captions import TextReduction, TokenizerName
 from .colour import ColourJitter
+from .decode import crop_box
 from .index import open_index
 from .loader import DecoderName, Loader, Settings
 from .order import Order
@@ -47,6 +48,8 @@ class Preview:
     text_tokens: int = 16
     text_reduction: TextReduction = "truncate"
     tokenizer: TokenizerName = "wordpiece"
+    vocabulary: Path | None = None
+    """The tokenizer's vocabulary file; by default that of an installed package."""
     crop_area: tuple[float, float] = (0.4, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     colour_jitter: float = 0.0
@@ -83,6 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     print(f"{config.out}: {len(seen)} samples at {config.tokens} image and {config.text_tokens} text tokens")
     return 0
 
@@ -91,6 +97,10 @@ def look(config: Preview) -> list[Seen]:
     """Returns the usable samples of the first batch. Raises ValueError for values or data that cannot be."""
     if not 1 <= config.samples <= MAX_SAMPLES:
         raise ValueError(f"--samples {config.samples} is outside 1 to {MAX_SAMPLES}, what fits on a sheet")
+    if config.patch < 1:
+        raise ValueError(f"--patch {config.patch} is below 1; give the side of a patch in pixels, 16 is usual")
+    if not 0 <= config.seed < 2**63:
+        raise ValueError(f"--seed {config.seed} is outside 0 to 2**63 - 1; give one that is inside")
     geometry = token_geometry(
         config.tokens,
         image_reduction=config.image_reduction,
@@ -106,6 +116,7 @@ def look(config: Preview) -> list[Seen]:
         colour=ColourJitter(config.colour_jitter, greyscale=config.greyscale),
         text_reduction=config.text_reduction,
         tokenizer=config.tokenizer,
+        vocabulary=config.vocabulary,
         seed=config.seed,
     )
     index = open_index([config.data])
@@ -137,10 +148,9 @@ def _seen(
 ) -> Seen:
     assert isinstance(jpeg, bytes)
     assert isinstance(caption, bytes)
-    left, top, width, height = windows[slot].tolist()
     with Image.open(io.BytesIO(jpeg)) as image:
         picture = image.convert("RGB")
-    box = (left, top, min(left + width, picture.width), min(top + height, picture.height))
+    box = crop_box(windows[slot], picture)
     crop = picture.resize((_CROP_SIDE, _CROP_SIDE), Image.Resampling.BILINEAR, box=box)
     return Seen(
         picture=np.asarray(picture),

@@ -3,6 +3,9 @@
 import ast
 import io
 import json
+import os
+import signal
+import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +16,8 @@ from PIL import Image
 
 from benchmarks import memory, peers, photographs, pipeline
 from benchmarks.cases import STANDARD_CASES, Case
-from benchmarks.contenders import PEERS_PYTHON, BareDecode, OpenClip, Round
-from benchmarks.loader_rounds import BARE_SCALED, OPEN_CLIP, figures
+from benchmarks.contenders import PEERS_PYTHON, BareDecode, OpenClip, Round, Skipped
+from benchmarks.loader_rounds import BARE_FULL, BARE_SCALED, OPEN_CLIP, STOCK, figures
 from pipeline.index import open_index
 
 SAMPLES = 12
@@ -201,6 +204,50 @@ def test_bare_decoding_goes_through_whole_batches(shards: Path) -> None:
         done = BareDecode(index, geometry, 32).run(3)
         assert done.images == 96
         assert done.cpu_s > 0
+
+
+PEER = """#!{python}
+import json, os, sys
+print(json.dumps({{"transform": "none", "pid": os.getpid()}}), flush=True)
+for turn, line in enumerate(sys.stdin):
+    print("a line of warnings " * 10_000, file=sys.stderr, flush=True)
+    if turn == {turns}:
+        os.write(1, b'{{"images": ')
+        sys.exit("RuntimeError: the disk is gone")
+    print(json.dumps({{"images": 16, "cpu_s": 0.01, "wall_s": 0.01}}), flush=True)
+"""
+
+
+def make_peer(folder: Path, turns: int) -> Path:
+    """A Python that answers as peers.py does, with more warnings than a pipe holds, and dies in a turn."""
+    script = folder / "python"
+    script.write_text(PEER.format(python=sys.executable, turns=turns))
+    script.chmod(0o755)
+    return script
+
+
+@pytest.mark.parametrize(("turns", "says"), [(1, ""), (3, "64/16: it died in round 2: ")])
+def test_a_peer_that_dies_leaves_the_other_rows(shards: Path, tmp_path: Path, turns: int, says: str) -> None:
+    """It runs twice to warm up, then once a round."""
+    out, peer = tmp_path / "rows.json", make_peer(tmp_path, turns)
+    assert run_pipeline("--data", shards, "--decoder", "turbo", "--json", out, "--peers-python", peer) == 0
+    result = json.loads(out.read_text())
+    assert result["skipped"] == {OPEN_CLIP: f"{says}RuntimeError: the disk is gone (exit status 1)"}
+    assert [row["decoder"] for row in result["rows"]] == ["turbo"]
+    assert result["rows"][0]["over_open_clip"] is None
+    assert result["rows"][0]["of_limit"] > 0
+    assert [row["decoder"] for row in result["peers"]] == [STOCK, BARE_SCALED, BARE_FULL]
+
+
+def test_a_peer_that_was_killed_is_told_at_its_turn(tmp_path: Path) -> None:
+    peer = OpenClip([], image_size=64, batch_size=16, workers=0, python=make_peer(tmp_path, 9))
+    try:
+        assert peer.run(1).images == 16
+        os.kill(peer.about["pid"], signal.SIGKILL)
+        with pytest.raises(Skipped, match=r"a line of warnings .* \(exit status -9\)"):
+            peer.run(1)
+    finally:
+        peer.close()
 
 
 @pytest.mark.slow

@@ -214,6 +214,7 @@ def test_a_folder_of_that_name_wins(tmp_path: Path) -> None:
     ("data", "message"),
     [
         (["a=0.5", "b"], "--data b has no weight and others have one; give each SRC=WEIGHT, or none"),
+        (["a=1_0", "b=1"], "--data a=1_0 has no weight and others have one"),
         (["a=0", "b=1"], "--data a=0: its weight is not a positive, finite number"),
         (["a=1", "b=-1"], "--data b=-1: its weight is not"),
         (["a=nan"], "--data a=nan: its weight is not"),

@@ -51,6 +51,13 @@ def test_the_sheet_is_written(shards: Path, tmp_path: Path, capsys: pytest.Captu
     [
         (["--tokens", "17"], "--tokens 17 is no square number"),
         (["--samples", "99"], "--samples 99 is outside 1 to 32"),
+        (["--patch", "0"], "--patch 0 is below 1"),
+        (["--patch", "-4"], "--patch -4 is below 1"),
+        (["--seed", "-1"], "--seed -1 is outside 0 to 2**63 - 1"),
+        (
+            ["--tokenizer", "bpe", "--vocabulary", "nowhere"],
+            "nowhere is no file, so the CLIP BPE vocabulary is",
+        ),
         (["--text-tokens", "1"], "--text-tokens 1 leaves no room"),
     ],
 )
@@ -61,3 +68,9 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
+
+
+def test_a_vocabulary_may_be_given(shards: Path, clip_vocabulary: Path) -> None:
+    seen = look(Preview(str(shards), tokenizer="bpe", vocabulary=clip_vocabulary, samples=2))
+    words = [piece for sample in seen for piece in sample.pieces]
+    assert words.count("square") + words.count("number") == 2

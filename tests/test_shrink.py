@@ -376,6 +376,35 @@ def test_a_damaged_shard_is_copied_up_to_the_damage(photo_shards: Path, tmp_path
     assert f"{source / '00000.tar'}: cut off inside a/000000006.jpg" in describe(report, source, out)
 
 
+def test_a_damaged_parquet_costs_its_columns_only(photo_jpegs: Sequence[bytes], tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    write_tar(source / "00000.tar", [{"__key__": "0", "jpg": photo_jpegs[0], "txt": b"a cat"}])
+    rows = [{"key": str(i), "caption": f"caption {i} " * 20, "status": "success"} for i in range(200)]
+    pq.write_table(pa.Table.from_pylist(rows), source / "00000.parquet", compression="snappy")
+    whole = (source / "00000.parquet").read_bytes()
+    tar = (source / "00000.tar").read_bytes()
+    metadata = pq.read_metadata(source / "00000.parquet").row_group(0)
+    page = metadata.column(1).dictionary_page_offset
+
+    # The footer is whole and the page is not: one that cannot be unpacked, and one whose text is not UTF-8.
+    packed = whole[: page + 40] + b"\xff" * 60 + whole[page + 100 :]
+    with pytest.raises(OSError, match="snappy"):
+        pq.read_table(pa.BufferReader(packed))
+    pq.write_table(pa.Table.from_pylist(rows), source / "00000.parquet", compression="none")
+    text = (source / "00000.parquet").read_bytes().replace(b"caption 7 ", b"caption \xff ")
+    for number, damaged in enumerate((packed, text)):
+        (source / "00000.parquet").write_bytes(damaged)
+        copies = out / str(number)
+        report = shrink(source, copies, OPTIONS, workers=1)
+        problem = "00000.parquet cannot be read, so its columns are not carried over"
+        assert report.problems == {"00000.tar": problem}
+        assert f"{source / '00000.tar'}: {problem}" in describe(report, source, copies)
+        (row,) = pq.read_table(copies / "00000.parquet").to_pylist()
+        assert (row["key"], row["status"]) == ("0", "success")
+    assert (source / "00000.tar").read_bytes() == tar
+
+
 def test_long_names_and_other_tar_dialects(photo_jpegs: Sequence[bytes], tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
@@ -509,6 +538,12 @@ def test_the_command_tells_in_one_line_what_to_do(
     calls = [
         (command(photo_shards, photo_copies, "--quality", "80"), "quality is 90 there and 80 here"),
         (command(photo_shards, photo_shards), "is the source itself"),
+        (command(photo_shards, tmp_path / "out", "--quality", "101"), "--quality 101 is not between 1 and 100"),
+        (command(photo_shards, tmp_path / "out", "--workers", "0"), "--workers 0 is less than 1"),
+        (
+            [*command(tmp_path, tmp_path)[:2], "x.toml", "--out", "out", "--workers", "-1"],
+            "--workers -1 is less than 1",
+        ),
         (command(tmp_path, tmp_path / "out"), "no .tar shards in it"),
         # Anything but the word is a recipe, as ever.
         ([*command(tmp_path / "x.toml", tmp_path / "out")[:2], "x.toml", "--out", "out"], "x.toml"),

@@ -338,6 +338,29 @@ def test_a_damaged_image_is_skipped_and_named_once(shards: Path, tmp_path: Path)
     assert state["known_bad"] == {"90": "JPEG cannot be decoded"}
 
 
+def test_a_run_validates_with_the_vocabulary_it_was_trained_with(
+    shards: Path, tmp_path: Path, clip_vocabulary: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, vocabulary, data = tmp_path / "run", tmp_path / "merges.txt.gz", ("--data", str(shards))
+    shutil.copy(clip_vocabulary, vocabulary)
+    more = ("--model", "ViT-Ti-16-bpe", "--vocabulary", str(vocabulary))
+    assert train.main([*arguments(shards, run, 1), *more]) == 0
+    assert validate.main([str(run), *data]) == 0
+    other = vocabulary.rename(tmp_path / "elsewhere.txt.gz")
+    assert validate.main([str(run), *data, "--vocabulary", str(other)]) == 0
+    capsys.readouterr()
+    assert validate.main([str(run), *data, "--vocabulary", str(vocabulary)]) == 2  # the flag wins
+    assert capsys.readouterr().err.startswith(f"error: {vocabulary} is no file, so the CLIP BPE vocabulary is missing")
+
+
+def test_validate_refuses_a_url_in_one_line(finished: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in (["--data", "https://host/set"], ["--data", str(shards), "--baseline", "https://host/set"]):
+        assert validate.main([str(finished), *more]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {more[-2]} https://host/set is a URL; copy the shards")
+        assert error.count("\n") == 1
+
+
 def test_validate_without_a_run(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert validate.main([str(tmp_path / "none"), "--data", str(shards)]) == 2
     assert "is not a run folder" in capsys.readouterr().err

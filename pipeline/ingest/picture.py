@@ -1,4 +1,6 @@
-"""One image in, its low-resolution JPEG out: upright, never enlarged, without metadata.
+"""One image in, its low-resolution JPEG out: upright, never enlarged.
+
+An image that is small and upright already keeps its bytes, metadata among them; what is made anew has none.
 
 A JPEG is decoded by libjpeg-turbo at n/8 of its size, no less than twice the target, then Pillow's Lanczos filter makes
 the target from that: 54 dB from a full decode and the same filter, at about 40 % of its cost. OpenCV's area filter
@@ -15,6 +17,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from ..scaled import scaled_side
 from ..scan import MAX_IMAGE_BYTES, MAX_PIXELS
 
 MIN_DECODED = 2
@@ -79,8 +82,8 @@ def copy_picture(image: bytes, short_side: int, quality: int) -> tuple[bytes, Co
     if header[2] not in _JPEG_COLOURS:
         return _convert(image, short_side, quality)
     eighths = _scale_eighths(min(width, height), MIN_DECODED * short_side)
-    # libjpeg rounds scaled sizes up; asking for just that size makes it choose this scale. 0: full size.
-    scaled = (0, 0) if eighths == 8 else (-(-height * eighths // 8), -(-width * eighths // 8))
+    # 0: full size, which of a picture under 8 pixels 7/8 would seem to be too.
+    scaled = (0, 0) if eighths == 8 else (scaled_side(height, eighths), scaled_side(width, eighths))
     try:
         # Strict: a copy of half an image would look whole, and nobody could tell it from a good one any more.
         pixels = simplejpeg.decode_jpeg(image, "RGB", False, False, *scaled, 1.0, None, True)

@@ -194,9 +194,16 @@ def _rows(job: Job, results: Mapping[str, Copy | str], damage: str | None) -> tu
     table: Any = None
     lost: str | None = None
     if source.exists():
+        # Read first: what the disk refuses is an OSError too, and no damage.
+        content = source.read_bytes()
         try:
-            table = pq.ParquetFile(source).read()
-        except pa.ArrowInvalid:
+            table = pq.ParquetFile(pa.BufferReader(content)).read()
+            # What would be raised when it is used: text that is not UTF-8, numbers that do not fit.
+            table.validate(full=True)
+            for name in set(_COLUMNS[1:]) & set(table.column_names):
+                pa.array(table[name].to_pylist(), SCHEMA.field(name).type)
+        except (OSError, pa.ArrowException, UnicodeDecodeError):
+            table = None
             lost = f"{source.name} cannot be read, so its columns are not carried over"
         if table is not None and "key" not in table.column_names:
             table, lost = None, f"{source.name} has no column key, so its columns are not carried over"
