@@ -89,7 +89,7 @@ class OurLoader:
         return Round(images, cpu_s, wall_s, stages)
 
     def close(self) -> None:
-        pass
+        """Nothing outlives a round."""
 
 
 class OpenClip:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import tyro
 
 from evaluation.report import format_table
-from pipeline.build import PART_SHARDS, index_file, write_part
+from pipeline.build import INDEX_NAME, PART_SHARDS, index_file, part_name, write_part
 from pipeline.index import open_index
 from pipeline.order import Order
 from pipeline.read import Reader
@@ -170,8 +170,9 @@ def _write(folder: Path, config: Benchmark) -> None:
         path.touch()
         shards.append(Shard(str(path), 0, str(path.stat().st_mtime_ns)))
     for number, start in enumerate(range(0, count, PART_SHARDS)):
-        name = f"_index-{number:05d}.parquet" if number else "_index.parquet"
-        write_part(folder / name, _rows(shards[start : start + PART_SHARDS], config.rows_per_shard))
+        write_part(
+            folder / part_name(INDEX_NAME, number), _rows(shards[start : start + PART_SHARDS], config.rows_per_shard)
+        )
 
 
 def _rows(shards: list[Shard], samples: int) -> Generator[tuple[Any, ShardInfo]]:

@@ -223,11 +223,16 @@ def _cache_folder() -> Path:
 
 
 def _file_name(source: str | Path, number: int, home: Path) -> str:
-    stem, suffix = os.path.splitext(INDEX_NAME)
-    if home == _cache_folder():
-        whole = str(source) if is_remote(source) else str(Path(source).resolve())
-        stem = hashlib.sha256(whole.encode()).hexdigest()[:24]
-    return f"{stem}-{number:05d}{suffix}" if number else stem + suffix
+    if home != _cache_folder():
+        return part_name(INDEX_NAME, number)
+    whole = str(source) if is_remote(source) else str(Path(source).resolve())
+    return part_name(f"{hashlib.sha256(whole.encode()).hexdigest()[:24]}.parquet", number)
+
+
+def part_name(name: str, number: int) -> str:
+    """Returns the name of a set's index file: the first has the set's own, the others their number in it."""
+    stem, suffix = os.path.splitext(name)
+    return f"{stem}-{number:05d}{suffix}" if number else name
 
 
 @contextmanager

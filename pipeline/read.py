@@ -37,7 +37,6 @@ class Rows:
     """Where the samples of a batch stand. Each column: [batch]."""
 
     shard: IntArray
-    row: IntArray
     sample_ids: IntArray
     image_offset: IntArray
     image_bytes: IntArray
@@ -108,7 +107,6 @@ class Reader:
             samples[here] = self.index.rows(each).samples[row[here]]
         return Rows(
             shard=shard,
-            row=row,
             sample_ids=self.index.first_ids[shard] + row,
             image_offset=samples["image_offset"].copy(),
             image_bytes=samples["image_bytes"].astype(np.int64),

@@ -8,7 +8,6 @@ import json
 import mmap
 import os
 import stat
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -47,6 +46,10 @@ SCHEMA = pa.schema(
 )
 
 
+Group = list[tuple[str, tar.Member]]
+"""(lower-case extension, member) of one sample, in the order of the shard."""
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """What is known of a shard without reading its rows."""
@@ -74,22 +77,10 @@ def index_shard(shard: Shard, descriptor: int, max_members: int = MAX_MEMBERS) -
 
     Damage costs the samples behind it, never more. Raises OSError where the file cannot be read.
     """
-    groups: dict[str, list[tuple[str, tar.Member]]] = {}
-    problem: str | None = None
     status = os.fstat(descriptor)
     readable = stat.S_ISREG(status.st_mode) and status.st_size > 0  # an empty file cannot be mapped
     view = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) if readable else b""
-    try:
-        if not stat.S_ISREG(status.st_mode):
-            raise tar.Damaged("not a file")
-        for count, member in enumerate(tar.members(view)):
-            if count == max_members:
-                raise tar.Damaged(f"more than {max_members:,} members")
-            key, extension = split_name(member.name)
-            if extension:
-                groups.setdefault(key, []).append((extension, member))
-    except tar.Damaged as damage:
-        problem = str(damage)
+    groups, problem = members_by_key(view, max_members) if stat.S_ISREG(status.st_mode) else ({}, "not a file")
     batches: list[Any] = []
     reasons: dict[str, int] = {}
     digest = hashlib.sha256(f"[{json.dumps(shard.name)},[".encode())
@@ -113,6 +104,24 @@ def index_shard(shard: Shard, descriptor: int, max_members: int = MAX_MEMBERS) -
     return table, info
 
 
+def members_by_key(view: mmap.mmap | bytes, max_members: int = MAX_MEMBERS) -> tuple[dict[str, Group], str | None]:
+    """Returns the members of each sample of a tar, up to the damage if there is any; and what is damaged.
+
+    Members without an extension belong to no sample, for the webdataset library and for us alike.
+    """
+    groups: dict[str, Group] = {}
+    try:
+        for count, member in enumerate(tar.members(view)):
+            if count == max_members:
+                raise tar.Damaged(f"more than {max_members:,} members")
+            key, extension = split_name(member.name)
+            if extension:
+                groups.setdefault(key, []).append((extension, member))
+    except tar.Damaged as damage:
+        return groups, str(damage)
+    return groups, None
+
+
 def split_name(name: str) -> tuple[str, str]:
     """The (key, extension) of a member, as webdataset splits them: at the first dot of the file's own name."""
     folder, slash, base = name.rpartition("/")
@@ -124,7 +133,7 @@ JPEG_IMAGES = ("jpg", "jpeg")
 OTHER_IMAGES = ("png", "webp", "gif", "bmp", "avif", "tif", "tiff")
 
 
-def _row(key: str, group: Sequence[tuple[str, tar.Member]], view: mmap.mmap | bytes) -> dict[str, Any]:
+def _row(key: str, group: Group, view: mmap.mmap | bytes) -> dict[str, Any]:
     by_extension: dict[str, tar.Member] = {}
     reason: str | None = None
     for extension, member in group:

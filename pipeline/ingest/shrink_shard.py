@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from .. import tar
 from ..files import replacing
-from ..scan import JPEG_IMAGES, MAX_IMAGE_BYTES, MAX_MEMBERS, OTHER_IMAGES, split_name
+from ..scan import JPEG_IMAGES, MAX_IMAGE_BYTES, OTHER_IMAGES, Group, members_by_key
 from .picture import TOO_MANY_BYTES, Copy, Unusable, copy_picture
 from .shards import SCHEMA
 
@@ -29,9 +29,6 @@ FAILED = "failed_to_resize"
 
 _REPORT_KEY = "shortclip.shrink"
 _COLUMNS = ("key", "status", "error_message", "width", "height", "original_width", "original_height")
-
-Group = list[tuple[str, tar.Member]]
-"""(lower-case extension, member) of one sample, in the order of the shard."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ def shrink_shard(job: Job) -> Report:
         # An empty file cannot be mapped.
         view = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         try:
-            groups, damage = _read_groups(view)
+            groups, damage = members_by_key(view)
             with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as out:
                 for key, group in groups.items():
                     results[key] = _copy_sample(view, group, out, job)
@@ -132,24 +129,6 @@ def shrink_shard(job: Job) -> Report:
     with replacing(job.parquet) as file:
         pq.write_table(table.replace_schema_metadata(metadata), file)
     return report
-
-
-def _read_groups(view: mmap.mmap | bytes) -> tuple[dict[str, Group], str | None]:
-    """The members of each sample, by key, up to the damage if there is any; and what is damaged.
-
-    Members without an extension belong to no sample, for the webdataset library and the index alike.
-    """
-    groups: dict[str, Group] = {}
-    try:
-        for count, member in enumerate(tar.members(view)):
-            if count == MAX_MEMBERS:
-                raise tar.Damaged(f"more than {MAX_MEMBERS:,} members")
-            key, extension = split_name(member.name)
-            if extension:
-                groups.setdefault(key, []).append((extension, member))
-    except tar.Damaged as damage:
-        return groups, str(damage)
-    return groups, None
 
 
 def _copy_sample(view: mmap.mmap | bytes, group: Group, out: tarfile.TarFile, job: Job) -> Copy | str:
