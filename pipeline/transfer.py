@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 import fsspec
 from fsspec.callbacks import Callback
 
+from .ingest.addresses import is_allowed, lookup
+
 Result = TypeVar("Result")
 
 _INSTALL = {"s3": "s3fs", "s3a": "s3fs", "http": "aiohttp requests", "https": "aiohttp requests"}
@@ -30,7 +32,11 @@ def filesystem(url: str) -> tuple[Any, str]:
             import aiohttp
 
             # aiohttp's own limit is 5 minutes a file, however fast it comes; ours is by speed. Proxies as usual.
-            options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None), "trust_env": True}
+            redirects = aiohttp.TraceConfig()
+            redirects.on_request_redirect.append(_judge_redirect)
+            options["client_kwargs"] = {
+                "timeout": aiohttp.ClientTimeout(total=None), "trust_env": True, "trace_configs": [redirects]
+            }  # fmt: skip
         return fsspec.url_to_fs(url, **options)  # pyright: ignore[reportReturnType]  # fsspec has no types
     except ImportError as error:
         packages = _INSTALL.get(scheme)
@@ -38,6 +44,26 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise ValueError(f"--data {url}: {scheme}:// needs a library that is not installed: {advice}") from None
     except ValueError as error:
         raise ValueError(f"--data {url}: {one_line(error)}") from None
+
+
+async def _judge_redirect(session: Any, context: Any, redirect: Any) -> None:
+    """Raises where a public host sends the reader to a private address: the user named the one, not the other."""
+    import aiohttp
+
+    response = redirect.response
+    target = response.url.join(type(response.url)(response.headers.get("Location") or response.headers.get("URI", "")))
+    loop = asyncio.get_running_loop()
+
+    async def is_public(host: str | None) -> bool:
+        try:
+            return all(map(is_allowed, await loop.run_in_executor(None, lookup, host or "")))
+        except (OSError, UnicodeError):  # a proxy may know the name, we do not
+            return True
+
+    if await is_public(response.url.host) and not await is_public(target.host):
+        response.close()
+        why = f"redirects to {target.host}, a private address"
+        raise aiohttp.ClientResponseError(response.request_info, response.history, status=403, message=why)
 
 
 class Progress(Callback):

@@ -18,6 +18,7 @@ import torch
 from conftest import write_tar
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline import transfer
 from pipeline.cache import CacheFull, FileCache
 from pipeline.index import Index, open_index
 from pipeline.loader import Loader, Settings
@@ -42,7 +43,17 @@ class Faults(http.server.SimpleHTTPRequestHandler):
 
     faults: dict[str, tuple[str, int]]
     gets: list[str]
+    redirects: dict[str, str]
     dated = True
+
+    def send_head(self) -> Any:
+        if self.path not in type(self).redirects:
+            return super().send_head()
+        self.send_response(302)
+        self.send_header("Location", type(self).redirects[self.path])
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return None
 
     def send_header(self, keyword: str, value: str) -> None:
         if self.dated or keyword != "Last-Modified":
@@ -89,7 +100,7 @@ def web(tmp_path: Path, shards: Path) -> Iterator[tuple[str, type[Faults], Path]
     """(URL, its handler, its folder) of a server of the six shards."""
     folder = tmp_path / "served"
     shutil.copytree(shards, folder, ignore=shutil.ignore_patterns("*.parquet"))
-    handler = type("Handler", (Faults,), {"faults": {}, "gets": []})
+    handler = type("Handler", (Faults,), {"faults": {}, "gets": [], "redirects": {}})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
@@ -341,6 +352,22 @@ def test_a_server_without_dates_is_told_of_once(
     handler.dated = False
     open_index([source, f"{url}/00002.tar"], limits=quick())
     assert capsys.readouterr().err.count("/00000.tar: its server sends neither ETag nor date") == 1
+
+
+def test_a_public_host_cannot_send_the_reader_to_a_private_one(
+    web: tuple[str, type[Faults], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, handler, _ = web
+    port = url.rpartition(":")[2]
+    handler.redirects |= {"/own/00000.tar": "/00000.tar", "/away/00000.tar": f"http://127.0.0.2:{port}/00000.tar"}
+    # Both are private: a store in one's own network may redirect in it.
+    assert len(open_index([f"{url}/own/00000.tar"], limits=quick()).shards) == 1
+    with pytest.raises(ReadFailed, match="gave up after 3 attempts"):  # nothing listens there
+        open_index([f"{url}/away/00000.tar"], limits=quick())
+    monkeypatch.setattr(transfer, "is_allowed", lambda address: address == "127.0.0.1")
+    assert len(open_index([f"{url}/own/00000.tar"], limits=quick()).shards) == 1
+    with pytest.raises(ReadFailed, match=r"/away/00000.tar: HTTP 403 redirects to 127.0.0.2, a private address$"):
+        open_index([f"{url}/away/00000.tar"], limits=quick())
 
 
 def test_an_address_where_nothing_listens_is_one_line() -> None:
