@@ -8,11 +8,10 @@ Rows are written as they come, in shard order: the bytes do not depend on the nu
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
@@ -29,10 +28,10 @@ from .files import replacing
 from .scan import SCHEMA, ShardInfo, index_shard
 from .sources import Shard, is_remote
 from .store import Limits, ReadFailed, Store, cache_root
-from .workers import start_worker
+from .workers import WorkerPool
 
 INDEX_NAME = "_index.parquet"
-VERSION = 2
+VERSION = 3
 """Raise it when the same shards give other rows, or their record changes: older files are built anew."""
 PART_SHARDS = 1024
 """Of one index file: its footer is then under 1 MB, and a killed build loses minutes."""
@@ -150,9 +149,7 @@ def _scan_all(shards: Sequence[Shard], store: Store, workers: int) -> Generator[
     if workers <= 1:
         yield from (_scan(shard, store) for shard in shards)
         return
-    # spawn, not fork: the caller may hold threads and locks (a training process does).
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(store.limits,))
+    pool = WorkerPool(workers, _start, store.limits)
     ahead: deque[tuple[Shard, Future[Scanned]]] = deque()
     shard = None
     try:
@@ -191,7 +188,6 @@ _worker_store: Store | None = None
 
 def _start(limits: Limits) -> None:
     global _worker_store
-    start_worker()
     _worker_store = Store(limits)
 
 

@@ -5,10 +5,12 @@ About 300 us for a 128 px JPEG at 16 tokens on the CPU backend, of which its res
 """
 
 import functools
+import importlib
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import simplejpeg
 import torch
 
 from .decode import OTHER_SIZE, UNDECODABLE, Decoded
+from .jpeg import fatal_error
 from .plan import Windows
 from .tokens import Geometry, Positions, gather_patches
 
@@ -25,11 +28,29 @@ _CHROMA_MARGIN = 8
 """Pixels decoded beyond a block, so that its colours are upsampled from the same neighbours as in the whole image."""
 _PROBE_SECONDS = 120
 _RUN_SIZE = 128
-"""Images in one run of the pipeline: DALI holds all their decoded windows at once, 1 to 2 MB each of raw web size."""
+_RUN_PIXELS = 16_000_000
+"""Images in one run of the pipeline, and pixels that it decodes for them, which DALI holds all at once. Of small images
+128 are as fast as any more; of raw photographs, so 35 a run, 16 are."""
+_GPU_RUN_PIXELS = 128_000_000
+
+
+@dataclass(frozen=True)
+class _Images:
+    """A batch, or a part of it."""
+
+    jpegs: Sequence[bytes | None]
+    windows: Windows
+    positions: Positions
+    sides: npt.NDArray[np.float64]
+    """[batch, 2]: height and width."""
+
+    def part(self, start: int, stop: int) -> "_Images":
+        rows = slice(start, stop)
+        return _Images(self.jpegs[rows], self.windows[rows], self.positions[rows], self.sides[rows])
 
 
 class DaliDecoder:
-    """One DALI pipeline, run 128 images at a time. Those that kill it are found, named and left out."""
+    """One DALI pipeline, run some images at a time. Those that kill it are found, named and left out."""
 
     def __init__(
         self, geometry: Geometry, batch_size: int, device_id: int | None = None, decode_window: bool | None = None
@@ -42,9 +63,11 @@ class DaliDecoder:
         """
         self.geometry, self.device_id = geometry, device_id
         self.run_size = min(batch_size, _RUN_SIZE)
+        self.run_pixels = _RUN_PIXELS if device_id is None else _GPU_RUN_PIXELS
         self.decode_window = window_decode_works(device_id) if decode_window is None else decode_window
-        self._placeholder = np.frombuffer(_grey_jpeg(), np.uint8)
+        self._placeholder = _grey_jpeg()
         self._graph = _define(geometry, self.decode_window)
+        self._tensors: Any = importlib.import_module("nvidia.dali.tensors")
         self._pipeline = self._build()
 
     def decode(
@@ -61,70 +84,56 @@ class DaliDecoder:
             for slot, (jpeg, height, width) in enumerate(zip(jpegs, heights.tolist(), widths.tolist(), strict=True))
             if jpeg is not None and (fault := _header_fault(jpeg, height, width))
         }
-        usable = [None if slot in faults else jpeg for slot, jpeg in enumerate(jpegs)]
-        parts: list[torch.Tensor] = []
-        for start in range(0, len(jpegs), self.run_size):
-            part = slice(start, start + self.run_size)
-            decoded = self._decode_checked(usable[part], windows[part], positions[part], widths[part], heights[part])
-            parts.append(decoded.patches)
-            faults |= {start + slot: fault for slot, fault in decoded.faults.items()}
-        return Decoded(_joined(parts), faults)
+        usable = [None if slot in faults else jpeg for slot, jpeg in enumerate(jpegs)] if faults else jpegs
+        images = _Images(usable, windows, positions, np.stack([heights, widths], axis=1).astype(np.float64))
+        device = "cpu" if self.device_id is None else f"cuda:{self.device_id}"
+        shape = len(jpegs), self.geometry.tokens, self.geometry.patch_values
+        patches = torch.empty(shape, dtype=torch.uint8, device=device)
+        areas = windows[:, 2] * windows[:, 3] if self.decode_window else images.sides.prod(axis=1)
+        for start, stop in _runs(areas, self.run_size, self.run_pixels):
+            found = self._decode_checked(images.part(start, stop), patches[start:stop])
+            faults |= {start + slot: fault for slot, fault in found.items()}
+        return Decoded(patches, faults)
 
-    def _decode_checked(
-        self,
-        jpegs: Sequence[bytes | None],
-        windows: Windows,
-        positions: Positions,
-        widths: npt.NDArray[np.int32],
-        heights: npt.NDArray[np.int32],
-    ) -> Decoded:
-        sides = np.stack([heights, widths], axis=1).astype(np.float64)
-        start, extent = windows[:, [1, 0]], windows[:, [3, 2]]
-        missing = np.array([jpeg is None for jpeg in jpegs])
-        if missing.any():
-            sides = np.where(missing[:, None], _PLACEHOLDER_SIDE, sides)
-            start = np.where(missing[:, None], 0, start)
-            extent = np.where(missing[:, None], _PLACEHOLDER_SIDE, extent)
-        encoded = [self._placeholder if jpeg is None else np.frombuffer(jpeg, np.uint8) for jpeg in jpegs]
+    def _decode_checked(self, images: _Images, patches: torch.Tensor) -> dict[int, str]:
+        """Fills `patches`, and returns slot -> reason of those images that cannot be decoded."""
         try:
-            return Decoded(self._run(encoded, sides, start, extent, positions), {})
+            self._run(images, patches)
+            return {}
         except RuntimeError as error:
             # By DALI's design the pipeline is dead now, and the message does not say which image it was.
             self._pipeline = self._build()
-            if missing.all():
+            jpegs = images.jpegs
+            if all(jpeg is None for jpeg in jpegs):
                 raise ValueError(f"DALI fails without any image to blame: {_last_line(error)}") from error
         # libjpeg tells at a tenth of the cost of a second run; what it can read and DALI cannot is found by halving.
         culprits = dict.fromkeys(
-            (slot for slot, jpeg in enumerate(jpegs) if jpeg is not None and not _decodes(jpeg)), UNDECODABLE
+            (slot for slot, jpeg in enumerate(jpegs) if jpeg is not None and fatal_error(jpeg)), UNDECODABLE
         )
         if culprits:
             rest = [None if slot in culprits else jpeg for slot, jpeg in enumerate(jpegs)]
-            decoded = self._decode_checked(rest, windows, positions, widths, heights)
-            return Decoded(decoded.patches, culprits | decoded.faults)
+            return culprits | self._decode_checked(replace(images, jpegs=rest), patches)
         if len(jpegs) == 1:
             # What fails with the placeholder too, or not a second time, was no fault of the image.
-            alone = self._decode_checked([None], windows, positions, widths, heights)
+            self._decode_checked(replace(images, jpegs=[None]), patches)
             try:
-                return Decoded(self._run(encoded, sides, start, extent, positions), {})
+                self._run(images, patches)
+                return {}
             except RuntimeError:
                 self._pipeline = self._build()
-            return Decoded(alone.patches, {0: UNDECODABLE})
+            return {0: UNDECODABLE}
         half = len(jpegs) // 2
-        parts = [
-            self._decode_checked(jpegs[part], windows[part], positions[part], widths[part], heights[part])
-            for part in (slice(0, half), slice(half, None))
-        ]
-        faults = parts[0].faults | {slot + half: reason for slot, reason in parts[1].faults.items()}
-        return Decoded(_joined([part.patches for part in parts]), faults)
+        faults = self._decode_checked(images.part(0, half), patches[:half])
+        others = self._decode_checked(images.part(half, len(jpegs)), patches[half:])
+        return faults | {slot + half: reason for slot, reason in others.items()}
 
-    def _run(
-        self,
-        encoded: Sequence[npt.NDArray[np.uint8]],
-        sides: npt.NDArray[np.float64],
-        start: npt.NDArray[np.float64],
-        extent: npt.NDArray[np.float64],
-        positions: Positions,
-    ) -> torch.Tensor:
+    def _run(self, images: _Images, patches: torch.Tensor) -> None:
+        sides = images.sides
+        start, extent = images.windows[:, [1, 0]], images.windows[:, [3, 2]]
+        if None in images.jpegs:
+            missing = np.array([jpeg is None for jpeg in images.jpegs])[:, None]
+            sides = np.where(missing, _PLACEHOLDER_SIDE, sides)
+            start, extent = np.where(missing, 0, start), np.where(missing, _PLACEHOLDER_SIDE, extent)
         feeds = {"roi_start": start, "roi_end": start + extent}
         if self.decode_window:
             # The filter reaches one output pixel beyond the window; decoding that much more makes its edge exact.
@@ -138,25 +147,29 @@ class DaliDecoder:
             self._feed("slice_shape", (last - first).astype(np.int32))
         for name, places in feeds.items():
             self._feed(name, places.astype(np.float32))
-        self._pipeline.feed_input("jpeg", list(encoded))
+        # As DALI's own types, not copied: feed_input would look at each array three times in Python.
+        encoded = [self._tensors.TensorCPU(self._placeholder if jpeg is None else jpeg) for jpeg in images.jpegs]
+        self._pipeline.feed_input("jpeg", self._tensors.TensorListCPU(encoded, None, False))
         (output,) = self._pipeline.run()
-        dali_tensor: Any = output.as_tensor()
-        if self.device_id is None:
-            pixels: Any = np.array(dali_tensor, copy=self.geometry.keeps_all_decoded)
-            if self.geometry.keeps_all_decoded:
-                return torch.from_numpy(pixels)
-            # Outside the graph: multi_paste in it takes 60 us an image more (49 of 196), and ends at 64 patches.
-            return torch.from_numpy(gather_patches(pixels, positions, self.geometry.patch))
         # Copied, since DALI gives the same buffer to the next run.
+        dali_tensor: Any = output.as_tensor()
+        geometry = self.geometry
+        if self.device_id is None:
+            pixels: Any = np.array(dali_tensor, copy=False)
+            # Outside the graph: multi_paste in it takes 60 us an image more (49 of 196), and ends at 64 patches.
+            patches.numpy()[...] = (
+                pixels if geometry.keeps_all_decoded else gather_patches(pixels, images.positions, geometry.patch)
+            )
+            return
         pixels = torch.from_dlpack(dali_tensor)
-        if self.geometry.keeps_all_decoded:
-            return pixels.clone()
-        at = torch.from_numpy(positions.astype(np.int64)).to(pixels.device)
-        return gather_patches(pixels, at, self.geometry.patch)
+        if not geometry.keeps_all_decoded:
+            at = torch.from_numpy(images.positions.astype(np.int64)).to(pixels.device)
+            pixels = gather_patches(pixels, at, geometry.patch)
+        patches.copy_(pixels)
 
     def _feed(self, name: str, values: npt.NDArray[Any]) -> None:
         # DALI refuses strided arrays.
-        self._pipeline.feed_input(name, np.ascontiguousarray(values))
+        self._pipeline.feed_input(name, self._tensors.TensorListCPU(np.ascontiguousarray(values)))
 
     def _build(self) -> Any:
         pipeline = self._graph(
@@ -245,13 +258,16 @@ def window_decode_works(device_id: int | None) -> bool:
     return works
 
 
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    if parts[0].device.type != "cpu":
-        return torch.cat(list(parts))
-    # Not torch.cat: it would call up the step's OpenMP threads for a copy.
-    return torch.from_numpy(np.concatenate([part.numpy() for part in parts]))
+def _runs(areas: npt.NDArray[np.float64], size: int, pixels: int) -> Iterator[tuple[int, int]]:
+    """Yields (start, stop) of consecutive images: at most `size`, and at most so many pixels where more than one."""
+    start, total = 0, 0.0
+    for slot, area in enumerate(areas.tolist()):
+        if slot - start == size or (total + area > pixels and slot > start):
+            yield start, slot
+            start, total = slot, 0.0
+        total += area
+    if len(areas):
+        yield start, len(areas)
 
 
 def _header_fault(jpeg: bytes, height: int, width: int) -> str | None:
@@ -265,15 +281,6 @@ def _header_fault(jpeg: bytes, height: int, width: int) -> str | None:
     except Exception:  # simplejpeg raises ValueError, and KeyError for what libjpeg does not know
         return UNDECODABLE
     return None if found[:2] == (height, width) else OTHER_SIZE
-
-
-def _decodes(jpeg: bytes) -> bool:
-    """Whether libjpeg gets through the image, at 1/8 of its size."""
-    try:
-        simplejpeg.decode_jpeg(jpeg, "RGB", True, True, 1, 1, 1, None, False)
-    except Exception:  # as above
-        return False
-    return True
 
 
 def _last_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ import simplejpeg
 import torch
 
 from .decode import OTHER_SIZE, UNDECODABLE, Decoded
+from .jpeg import is_warning
 from .plan import Windows
 from .scaled import scaled_side
 from .tokens import Geometry, Positions, gather_patches, patchify
@@ -48,8 +49,7 @@ class TurboDecoder:
             if jpeg is None:
                 continue
             try:
-                # Positional and not strict: keywords cost 1 us of the GIL, and DALI too reads on past damaged bits.
-                scaled = simplejpeg.decode_jpeg(jpeg, "RGB", True, True, rows[slot], columns[slot], 1, None, False)
+                scaled = _scaled(jpeg, rows[slot], columns[slot])
             except Exception:  # simplejpeg raises ValueError, and KeyError for what libjpeg does not know
                 faults[slot] = UNDECODABLE
                 continue
@@ -60,6 +60,17 @@ class TurboDecoder:
         patch = self.geometry.patch
         kept = patchify(pixels, patch) if self.geometry.keeps_all_decoded else gather_patches(pixels, positions, patch)
         return Decoded(torch.from_numpy(kept), faults)
+
+
+def _scaled(jpeg: bytes, rows: int, columns: int) -> npt.NDArray[np.uint8]:
+    try:
+        # Positional: keywords cost 1 us of the GIL.
+        return simplejpeg.decode_jpeg(jpeg, "RGB", True, True, rows, columns, 1, None, True)
+    except ValueError as error:
+        if not is_warning(error):
+            raise
+        # Past damaged bits DALI too reads on. Not asked for at first: it hides errors that come after, see jpeg.py.
+        return simplejpeg.decode_jpeg(jpeg, "RGB", True, True, rows, columns, 1, None, False)
 
 
 def scale_eighths(windows: Windows, size: tuple[int, int]) -> npt.NDArray[np.int64]:

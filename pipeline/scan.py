@@ -16,6 +16,7 @@ import pyarrow as pa
 import simplejpeg
 
 from . import tar
+from .jpeg import damage
 from .sources import Shard, shard_name
 
 MAX_IMAGE_BYTES = 64 << 20
@@ -191,7 +192,7 @@ def _inspect(jpeg: memoryview) -> tuple[int, int, str | None]:
         return height, width, f"longer than {MAX_ASPECT} times its width"
     if b"\xff\xd9" not in bytes(jpeg[-EOI_TAIL:]):
         return height, width, "JPEG cut off"
-    return height, width, None
+    return height, width, damage(jpeg)
 
 
 def _class_id(text: bytes) -> int | None:
