@@ -5,17 +5,20 @@ Each runs a number of batches and says how many images that were and what they c
 
 import json
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import simplejpeg
 
+from pipeline.batch import Batch
 from pipeline.decode_turbo import scale_eighths
 from pipeline.index import Index
 from pipeline.loader import STAGES, DecoderName, Loader, Settings
@@ -63,21 +66,31 @@ class OurLoader:
     """The loader of this project: order, plan, read, decode, captions."""
 
     def __init__(
-        self, index: Index, geometry: Geometry, decoder: DecoderName, *, batch_size: int, text_tokens: int, threads: int
+        self,
+        index: Index,
+        geometry: Geometry,
+        decoder: DecoderName,
+        *,
+        batch_size: int,
+        text_tokens: int,
+        threads: int,
+        workers: int = 0,
     ) -> None:
         order = Order(index.shard_sizes, batch_size=batch_size, seed=0, lanes=default_lanes(batch_size))
         self._loader = Loader(index, order, Settings(geometry, text_tokens, decoder))
         self._decoder, self._threads, self._step = decoder, threads, 0
+        # Worker processes live as long as this: they take seconds to start, and make a few batches ahead of a round.
+        self._made_by_workers = self._loader.batches(0, sys.maxsize, workers=workers) if workers else None
 
     def run(self, batches: int) -> Round:
         seconds = self._loader.stage_seconds
         for stage in seconds:
             seconds[stage] = 0.0
         images = 0
-        cpu, wall = time.process_time(), time.perf_counter()
-        for batch in self._loader.batches(self._step, self._step + batches, threads=self._threads):
+        cpu, wall = self._cpu_s(), time.perf_counter()
+        for batch in self._batches(batches):
             images += len(batch.valid)
-        cpu_s, wall_s = time.process_time() - cpu, time.perf_counter() - wall
+        cpu_s, wall_s = self._cpu_s() - cpu, time.perf_counter() - wall
         self._step += batches
         rest = cpu_s - sum(seconds.values())
         stages = {stage: seconds[stage] / images * 1e6 for stage in STAGES}
@@ -88,8 +101,18 @@ class OurLoader:
             stages["hand-over"] = rest / images * 1e6
         return Round(images, cpu_s, wall_s, stages)
 
+    def _batches(self, batches: int) -> Iterator[Batch]:
+        if self._made_by_workers is not None:
+            return islice(self._made_by_workers, batches)
+        return self._loader.batches(self._step, self._step + batches, threads=self._threads)
+
+    def _cpu_s(self) -> float:
+        return time.process_time() + self._loader.worker_seconds
+
     def close(self) -> None:
-        """Nothing outlives a round."""
+        """Ends the worker processes; without, nothing outlives a round."""
+        if self._made_by_workers is not None:
+            self._made_by_workers.close()
 
 
 class OpenClip:
@@ -240,7 +263,7 @@ class BareDecode:
 
 
 def gil_us(contender: Contender, batches: int) -> float | None:
-    """Returns the wall time an image holds the GIL, in microseconds; None without gilknocker.
+    """Returns the wall time an image holds this process's GIL, in microseconds; None without gilknocker.
 
     To be called between rounds: the meter, a thread that asks for the GIL a thousand times a second, takes a core.
     The least of three: whoever else uses the machine only adds to it.

@@ -52,6 +52,8 @@ class Benchmark:
     rounds: int = 5
     threads: int = 1
     """Of our loader."""
+    workers: int = 0
+    """Processes that make our loader's batches instead; the GIL column is then that of the process that takes them."""
     peers: bool = True
     """Also run open_clip's loader, DALI's stock reader and bare decoding."""
     peer_workers: int = 0
@@ -68,6 +70,8 @@ class Benchmark:
         for name in ("batch_size", "rounds", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1")
+        if self.workers < 0:
+            raise ValueError(f"--workers {self.workers} is below 0; 0 makes batches on --threads of this process")
         if self.batches is not None and self.batches < 1:
             raise ValueError(f"--batches {self.batches} is below 1; leave it out to let --seconds decide")
         if self.seconds <= 0:
@@ -176,6 +180,7 @@ def _measure_case(config: Benchmark, folder: Path, index: Index, case: Case, fou
                 image_reduction=case.image_reduction,
                 image_size=case.geometry.image_size,
                 threads=config.threads if ours else 1,
+                workers=config.workers if ours else 0,
                 megabytes_per_cpu_s=figure.images_per_cpu_s * mean_bytes / 1e6,
                 gil_us=gil_us(contender, batches[name]) if ours else None,
                 **asdict(figure),
@@ -195,6 +200,7 @@ def _makers(config: Benchmark, folder: Path, index: Index, case: Case) -> dict[s
             batch_size=config.batch_size,
             text_tokens=config.text_tokens,
             threads=config.threads,
+            workers=config.workers,
         )
         for name in names
     }

@@ -31,6 +31,8 @@ class Row(Figure):
     image_reduction: str
     image_size: int
     threads: int
+    workers: int
+    """Processes that made the batches; 0: threads of one."""
     megabytes_per_cpu_s: float
     """JPEG bytes read, in units of 10^6."""
     gil_us: float | None

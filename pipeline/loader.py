@@ -1,7 +1,7 @@
-"""Everything joined: steps in, ready batches out, in order, made ahead of time by threads behind a bounded queue.
+"""Everything joined: steps in, ready batches out, in order, made ahead of time by threads or by worker processes.
 
-A batch is a pure function of its step, so threads, prefetch depth and decoder change nothing, and the whole state is
-the step plus the samples found bad on the way (kept only so that a bad image is not decoded again).
+A batch is a pure function of its step, so threads, workers, prefetch depth and decoder change nothing, and the whole
+state is the step plus the samples found bad on the way (kept only so that a bad image is not decoded again).
 """
 
 import threading
@@ -34,6 +34,7 @@ from .plan import (
     kept_positions,
     whole_windows,
 )
+from .processes import process_batches
 from .read import Reader, Rows
 from .tokens import Geometry, Positions
 
@@ -72,7 +73,7 @@ class Settings:
 
 
 class Loader:
-    """Batches of a run. `batch(step)` makes one; `batches` makes them ahead, on threads."""
+    """Batches of a run. `batch(step)` makes one; `batches` makes them ahead, on threads or in worker processes."""
 
     def __init__(
         self, index: Index, order: BatchOrder | None, settings: Settings, *, rank: int = 0, world_size: int = 1
@@ -94,7 +95,9 @@ class Loader:
         self.known_bad: dict[int, str] = {}
         """Sample id -> reason, of the images that no decoder could read."""
         self.stage_seconds = dict.fromkeys(STAGES, 0.0)
-        """CPU time of the worker threads by stage, summed over batches."""
+        """CPU time of the threads or processes that make batches, by stage, summed over batches."""
+        self.worker_seconds = 0.0
+        """CPU time of the worker processes, all their threads, summed over batches."""
         self._local = threading.local()
         if order:
             order.slots(0, rank, world_size)
@@ -112,13 +115,27 @@ class Loader:
         clock.lap("plan")
         return self._assemble(rows, plan, clock)
 
-    def batches(self, first_step: int, end_step: int, *, threads: int = 1, prefetch: int = 2) -> Generator[Batch]:
-        """Yields the batches of steps [first_step, end_step) in order, at most threads + prefetch made ahead."""
+    def batches(
+        self, first_step: int, end_step: int, *, threads: int = 1, prefetch: int = 2, workers: int = 0
+    ) -> Generator[Batch]:
+        """Yields the batches of steps [first_step, end_step) in order, some made ahead: at most `prefetch`, and one
+        for each thread or worker.
+
+        workers: processes that make batches instead of threads of this one, which leaves its GIL alone. Their memory
+        is the tensors' own: keeping batches is safe, but from the third on they are copies.
+        Raises ValueError where there can be no workers.
+        """
+        if not workers:
+            return self._thread_batches(range(first_step, end_step), threads, prefetch)
+        check_workers(self.settings, workers)
+        return process_batches(self, range(first_step, end_step), workers, prefetch)
+
+    def _thread_batches(self, steps: range, threads: int, prefetch: int) -> Generator[Batch]:
         with ThreadPoolExecutor(threads, thread_name_prefix="loader") as pool:
             ahead: deque[Future[Batch]] = deque()
             try:
-                for step in range(first_step, end_step):
-                    self._fetch_ahead(step, end_step)
+                for step in steps:
+                    self.fetch_ahead(step, steps.stop)
                     ahead.append(pool.submit(self.batch, step))
                     if len(ahead) > threads + prefetch:
                         yield ahead.popleft().result()
@@ -127,7 +144,8 @@ class Loader:
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
-    def _fetch_ahead(self, step: int, end_step: int) -> None:
+    def fetch_ahead(self, step: int, end_step: int) -> None:
+        """Starts to fetch remote shards that a later step before `end_step` reads; to be called at each step."""
         if self.index.remote and self.order is not None and (later := step + _FETCH_AHEAD_STEPS) < end_step:
             self.reader.prefetch(np.unique(self.order.slots(later, self.rank, self.world_size).shard))
 
@@ -197,6 +215,17 @@ class Loader:
         if not hasattr(self._local, "decoder"):
             self._local.decoder = self.settings.new_decoder(self.local_batch_size)
         return self._local.decoder
+
+
+def check_workers(settings: Settings, workers: int) -> None:
+    """Raises ValueError where batches of these settings cannot be made by so many worker processes."""
+    if workers < 0:
+        raise ValueError(f"--workers {workers} is below 0; 0 makes batches on threads of the training process")
+    if workers and settings.decoder == "dali" and settings.device_id is not None:
+        raise ValueError(
+            f"--workers {workers}: --decoder dali decodes on GPU {settings.device_id}, which only the training process "
+            "does; use --workers 0, or --decoder turbo"
+        )
 
 
 @dataclass(frozen=True)

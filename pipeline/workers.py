@@ -1,14 +1,52 @@
-"""What a spawned worker process does first."""
+"""How worker processes begin and end: never by Ctrl-C while they start, and always with the process that began them."""
 
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from typing import Any, ParamSpec, TypeVar
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
-def start_worker() -> None:
-    """Makes a worker end with its parent, even one that was killed, and leave Ctrl-C to it."""
+@contextmanager
+def ctrl_c_blocked() -> Generator[None]:
+    """Blocks Ctrl-C for this thread, and for the processes that it starts meanwhile until they lift it.
+
+    A worker that is still importing would answer it with a traceback.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+class WorkerPool(ProcessPoolExecutor):
+    """A pool whose workers end by Ctrl-C without a word, and with this process, even one that was killed."""
+
+    def __init__(self, workers: int, initializer: Callable[..., object] | None = None, *arguments: Any) -> None:
+        """initializer: called in each worker, with the arguments."""
+        # spawn, not fork: the caller may hold threads and locks (a training process does).
+        super().__init__(workers, multiprocessing.get_context("spawn"), _start_worker, (initializer, arguments))
+        # A process of multiprocessing's own, which would lift the block where its start fell inside.
+        resource_tracker.ensure_running()
+
+    def submit(
+        self, fn: Callable[Arguments, Result], /, *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Future[Result]:
+        """See ProcessPoolExecutor, which starts its processes as work comes."""
+        with ctrl_c_blocked():
+            return super().submit(fn, *args, **kwargs)
+
+
+def _start_worker(initializer: Callable[..., object] | None, arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -19,3 +57,6 @@ def start_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    if initializer is not None:
+        initializer(*arguments)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

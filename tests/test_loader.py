@@ -1,3 +1,4 @@
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -168,7 +169,9 @@ def test_epochs_and_seeds_give_other_crops_and_captions(shards: Path) -> None:
 
 
 def damage(folder: Path, shard: str, key: str) -> None:
-    """Makes one JPEG ask for a quantisation table that it does not have: only a decoder can tell."""
+    """Makes one indexed JPEG ask for a quantisation table that it does not have: only a decoder can tell."""
+    open_index([folder])
+    times = (folder / shard).stat()
     with tarfile.open(folder / shard) as tar:
         info = tar.getmember(f"{key}.jpg")
         stream = tar.extractfile(info)
@@ -177,6 +180,7 @@ def damage(folder: Path, shard: str, key: str) -> None:
     with (folder / shard).open("r+b") as file:
         file.seek(info.offset_data + content.index(b"\xff\xc0") + 12)
         file.write(b"\x03")
+    os.utime(folder / shard, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 @pytest.mark.parametrize("decoder", ["turbo", "dali"])

@@ -6,17 +6,14 @@ them: then neither the number of workers nor the engine changes a byte.
 
 import importlib
 import logging
-import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing import resource_tracker
 from typing import Any, Literal, TypeVar
 
-from ..workers import start_worker
+from ..workers import WorkerPool
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -45,28 +42,15 @@ def run(
         for job in jobs:
             done(job, task(job))
         return
-    # spawn, not fork: the caller may hold threads and locks (a training process does).
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    # Started with Ctrl-C blocked: a worker that is still importing would answer it with a traceback. The tracker is
-    # a process of multiprocessing's own, and would lift the block where its start fell in between.
-    resource_tracker.ensure_running()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    pool = WorkerPool(workers)
     try:
         running = {pool.submit(task, job): job for job in jobs}
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for future in as_completed(running):
             done(running[future], future.result())
     except BrokenProcessPool:
         raise ValueError("a worker process died (out of memory?); run the same command with --workers 1") from None
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    start_worker()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _run_ray(
