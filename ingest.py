@@ -1,20 +1,25 @@
 """Makes training data from a recipe, or smaller copies of it; run again, it continues where it was interrupted.
 
 python ingest.py datasets/emoji.toml --out data/emoji
+python ingest.py datasets/cc12m.toml --metadata cc12m.tsv --out data/cc12m
 python ingest.py shrink SRC --out DIR --short-side 128
 """
 
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from pipeline.ingest import emoji, shrink
+from pipeline.ingest import emoji, passes, shrink, web
+from pipeline.ingest.environment import Distributor
+from pipeline.ingest.img2dataset import Settings
 from pipeline.ingest.recipe import load
+from pipeline.ingest.web_recipe import WebRecipe
+from pipeline.scan import MIN_SIDE
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,26 @@ class Ingest:
     """Folder for the shards."""
     workers: int = os.cpu_count() or 1
     """Processes. Their number does not change the data."""
+    metadata: tuple[Path, ...] = ()
+    """Web recipes: files of URLs and captions (.parquet, .tsv, .csv), or folders of them."""
+    retry: bool = False
+    """Web recipes: when all rows were asked for, ask once more for those that may go well now (time-outs, 5xx, 429)."""
+    shrink: int | None = None
+    """Web recipes: short side of the pictures in pixels, instead of the recipe's size."""
+    distributor: Distributor = "multiprocessing"
+    """Web recipes: what img2dataset spreads its work with."""
+    threads: int = 64
+    """Web recipes: requests at once, in each process."""
+    per_host: int = 16
+    """Web recipes: requests to one host at once."""
+    timeout: int = 10
+    """Web recipes: seconds without a byte after which a request is given up."""
+    deadline: int = 60
+    """Web recipes: seconds for a whole picture."""
+    max_bytes: int = 20_000_000
+    """Web recipes: of a picture's file."""
+    allow_loopback: bool = False
+    """Web recipes: also ask servers on this machine, which is refused otherwise."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +81,21 @@ def _check_workers(workers: int | None) -> None:
         raise ValueError(f"--workers {workers} is less than 1; give at least 1")
 
 
+def _check_web(config: Ingest) -> None:
+    for name in ("threads", "per_host", "timeout", "deadline", "max_bytes"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} is less than 1; give at least 1")
+    if config.shrink is not None and config.shrink < MIN_SIDE:
+        raise ValueError(f"--shrink {config.shrink} is under {MIN_SIDE}, the least that can be trained on")
+
+
+def _refuse_web_flags(config: Ingest) -> None:
+    """Raises ValueError for a flag that this recipe could not follow."""
+    for field in fields(config):
+        if field.name not in ("recipe", "out", "workers") and getattr(config, field.name) != field.default:
+            raise ValueError(f"--{field.name.replace('_', '-')} is for recipes of web data; {config.recipe} is none")
+
+
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["shrink"]:
@@ -67,13 +107,33 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def make_shards(config: Ingest) -> str:
-    """Makes what the recipe says and returns a line for each shard set."""
+    """Makes what the recipe says and returns a few lines about it."""
     _check_workers(config.workers)
-    summary = emoji.make(load(config.recipe), config.out, config.workers)
+    recipe = load(config.recipe)
+    if isinstance(recipe, WebRecipe):
+        return _download(recipe, config)
+    _refuse_web_flags(config)
+    summary = emoji.make(recipe, config.out, config.workers)
     return "\n".join(
         f"{config.out / split}: {entry['samples']:,} pairs in {len(entry['files']) // 2} shards"
         for split, entry in summary["splits"].items()
     )
+
+
+def _download(recipe: WebRecipe, config: Ingest) -> str:
+    _check_web(config)
+    settings = Settings(
+        config.distributor,
+        config.workers,
+        config.threads,
+        config.timeout,
+        config.deadline,
+        config.max_bytes,
+        config.per_host,
+        config.allow_loopback,
+    )
+    options = web.Options(config.metadata, config.shrink, config.retry, config.workers, settings)
+    return passes.describe(web.make(recipe, config.out, options), config.out)
 
 
 def make_copies(config: Shrink) -> str:

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.ingest.recipe import EmojiRecipe, differences, load, record
+from pipeline.ingest.web_recipe import WebRecipe
 
 ROOT = Path(__file__).parents[1]
 STARTER = ROOT / "datasets" / "emoji.toml"
@@ -54,8 +56,8 @@ def test_every_recipe_of_the_repository_loads() -> None:
         ("sha512-DQiu", "sha256-DQiu", "integrity of @iconify-json/noto@1.2.9 is not a sha512 checksum"),
         ('style = "noto"\n', "", 'key "styles[0].style" is missing'),
         ("[labels]", "[[labels]]", "must be a table"),
-        ('source = "emoji"', 'source = "emoij"', 'source = "emoij" is unknown; choose one of: emoji'),
-        ('source = "emoji"', "", "source is missing; choose one of: emoji"),
+        ('source = "emoji"', 'source = "emoij"', 'source = "emoij" is unknown; choose one of: emoji, web'),
+        ('source = "emoji"', "", "source is missing; choose one of: emoji, web"),
         ('source = "emoji"', 'source = ["emoji"]', 'source = ["emoji"] is unknown'),
         ("seed = 0", "seed = ", "not valid TOML"),
     ],
@@ -89,6 +91,64 @@ def test_differences_name_what_differs_and_nothing_else(tmp_path: Path) -> None:
     assert differences(theirs, ours) == ["styles differ"]
     old: dict[str, Any] = {key: value for key, value in ours.items() if key != "seed"}
     assert differences(old, ours) == ["seed is null there and 0 here"]
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(f'source = "web"\nmetadata = "ask"\nlicense = "none"\n{text}')
+    return path
+
+
+def test_a_web_recipe_says_only_what_differs(tmp_path: Path) -> None:
+    recipe = load(written(tmp_path / "r.toml", 'filter = "a > 1 and b == 2"\n[columns]\nurl = "URL"\na = ["A", "aa"]'))
+    assert isinstance(recipe, WebRecipe)
+    assert recipe.needed == ("url", "caption", "a", "b")
+    assert recipe.kept == ("url", "caption")
+    assert recipe.candidates("url") == ("URL",)
+    assert recipe.candidates("a") == ("A", "aa")
+    assert recipe.candidates("b") == ("b",)
+    assert recipe.opt_out == ("noai", "noimageai", "noindex", "noimageindex")
+    assert json.loads(json.dumps(record(recipe))) == record(recipe)
+
+
+def test_a_subset_extends_a_recipe_by_one_key(tmp_path: Path) -> None:
+    written(tmp_path / "whole.toml", 'hash_kind = "md5"\nsave = ["score"]')
+    (tmp_path / "part.toml").write_text('extends = "whole.toml"\nrows = 1_000_000\n')
+    part, whole = load(tmp_path / "part.toml"), load(tmp_path / "whole.toml")
+    assert differences(record(whole), record(part)) == ["rows is 0 there and 1000000 here"]
+    (tmp_path / "a.toml").write_text('extends = "b.toml"\n')
+    (tmp_path / "b.toml").write_text('extends = "a.toml"\n')
+    with pytest.raises(ValueError, match="recipes extend one another"):
+        load(tmp_path / "a.toml")
+    (tmp_path / "a.toml").write_text("extends = 3\n")
+    with pytest.raises(ValueError, match="it must be the name of a recipe file"):
+        load(tmp_path / "a.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("flter = 'a > 1'", 'unknown key "flter"; did you mean "filter"?'),
+        ("filter = 'a >'", "cannot be read"),
+        ("rows = -1", "rows = -1 is outside 0 to"),
+        ("rows = 1.5", "rows = 1.5 must be a whole number"),
+        ("image_size = 4", "image_size = 4 is outside 8 to"),
+        ("samples_per_shard = 20000", "samples_per_shard = 20000 is outside 1 to 10000"),
+        ("resize_mode = 'border'", 'resize_mode = "border" must be one of: keep_ratio, keep_ratio_largest, no'),
+        ("hash_kind = 'crc32'", 'hash_kind = "crc32" must be one of'),
+        ("duplicates = 'maybe'", "must be one of: drop, keep"),
+        ("save = ['width']", 'save = ["width"] is a column that every shard has'),
+        ("[columns]\nurl = []", "columns.url = [] names no column"),
+        ("[columns]\nurl = 3", "columns.url = 3 must be a list"),
+        ("columns = 3", "columns = 3 must be a table"),
+    ],
+)
+def test_web_refusals_are_one_line_that_names_file_and_key(tmp_path: Path, text: str, said: str) -> None:
+    path = written(tmp_path / "r.toml", text)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # the message is checked below, whole
+        load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

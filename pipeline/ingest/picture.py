@@ -10,6 +10,7 @@ Costs about 3 ms for 600x800.
 
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ _JPEG_COLOURS = ("YCbCr", "Gray", "RGB")
 """What libjpeg-turbo turns into RGB; CMYK goes through Pillow."""
 Image.init()
 # Those that only read pixels: Pillow would hand PostScript to Ghostscript. Its builds differ in AVIF.
-_FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN)
+FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if name in Image.OPEN)
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -49,6 +50,13 @@ TOO_MANY_BYTES = f"image file over {MAX_IMAGE_BYTES >> 20} MiB"
 _TOO_MANY_PIXELS = f"over {MAX_PIXELS // 1_000_000} megapixels"
 
 
+Change = Literal["kept", "shrunk", "turned", "retouched", "converted"]
+"""kept: the same bytes. turned: made upright only. retouched: as the caller asked only. converted: was no JPEG that
+both decoders of training read."""
+
+Retouch = Callable[[Image.Image], Image.Image]
+
+
 class Unusable(Exception):
     """No copy can be made of this image; the message is the reason, one of a few so that they can be counted."""
 
@@ -62,16 +70,19 @@ class Copy:
     original_width: int
     """As stored, before it is made upright (of a TIFF, which Pillow turns by itself, after)."""
     original_height: int
-    change: Literal["kept", "shrunk", "turned", "converted"]
-    """kept: the same bytes. turned: made upright only. converted: was no JPEG that both decoders of training read."""
+    change: Change
 
 
-def copy_picture(image: bytes, short_side: int, quality: int) -> tuple[bytes, Copy]:
-    """Returns a JPEG of an image, its short side at most `short_side` pixels, and what it is. Raises Unusable."""
+def copy_picture(image: bytes, short_side: int, quality: int, retouch: Retouch | None = None) -> tuple[bytes, Copy]:
+    """Returns a JPEG of an image, its short side at most `short_side` pixels, and what it is. Raises Unusable.
+
+    retouch: RGB picture, at its final size and as it is stored (not yet upright) -> the picture to take. With it every
+    image is encoded anew.
+    """
     if len(image) > MAX_IMAGE_BYTES:
         raise Unusable(TOO_MANY_BYTES)
     if image[:3] != b"\xff\xd8\xff":
-        return _convert(image, short_side, quality)
+        return _convert(image, short_side, quality, retouch)
     try:
         header: tuple[Any, ...] = simplejpeg.decode_jpeg_header(image, strict=False)
     except Exception:  # simplejpeg raises ValueError, and KeyError for what libjpeg does not know
@@ -80,7 +91,7 @@ def copy_picture(image: bytes, short_side: int, quality: int) -> tuple[bytes, Co
     if width * height > MAX_PIXELS:
         raise Unusable(_TOO_MANY_PIXELS)
     if header[2] not in _JPEG_COLOURS:
-        return _convert(image, short_side, quality)
+        return _convert(image, short_side, quality, retouch)
     eighths = _scale_eighths(min(width, height), MIN_DECODED * short_side)
     # 0: full size, which of a picture under 8 pixels 7/8 would seem to be too.
     scaled = (0, 0) if eighths == 8 else (scaled_side(height, eighths), scaled_side(width, eighths))
@@ -91,21 +102,24 @@ def copy_picture(image: bytes, short_side: int, quality: int) -> tuple[bytes, Co
         raise Unusable("damaged JPEG data") from None
     turn = _jpeg_turn(image)
     shrinks = min(width, height) > short_side
-    if not shrinks and turn is None:
+    if not shrinks and turn is None and retouch is None:
         return image, Copy(width, height, width, height, "kept")
     # The scaled image stands for exactly n/8 of the size, which its rounded one may exceed by 7/8 of a pixel.
     box = (0.0, 0.0, width * eighths / 8, height * eighths / 8)
     picture = _resize(Image.fromarray(pixels), _target(width, height, short_side), box)
-    return _encode(picture, turn, (width, height), quality, "shrunk" if shrinks else "turned")
+    if retouch is not None:
+        picture = retouch(picture)
+    change = "shrunk" if shrinks else "turned" if turn is not None else "retouched"
+    return _encode(picture, turn, (width, height), quality, change)
 
 
-def _convert(image: bytes, short_side: int, quality: int) -> tuple[bytes, Copy]:
+def _convert(image: bytes, short_side: int, quality: int, retouch: Retouch | None) -> tuple[bytes, Copy]:
     """The same for what Pillow reads and libjpeg-turbo does not; of an animation, the first frame."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(image), formats=_FORMATS) as opened:
+            with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
                 width, height = opened.size
                 # From the header, before a pixel is decoded.
                 if width * height > MAX_PIXELS:
@@ -124,6 +138,8 @@ def _convert(image: bytes, short_side: int, quality: int) -> tuple[bytes, Copy]:
         raise Unusable("not an image" if image else "empty image") from None
     except Exception:  # Pillow's readers raise whatever the damage makes them stumble over
         raise Unusable("damaged image data") from None
+    if retouch is not None:
+        picture = retouch(picture)
     return _encode(picture, turn, (width, height), quality, "converted")
 
 
@@ -187,7 +203,7 @@ def _encode(
     turn: Image.Transpose | None,
     original: tuple[int, int],
     quality: int,
-    change: Literal["shrunk", "turned", "converted"],
+    change: Change,
 ) -> tuple[bytes, Copy]:
     upright = picture if turn is None else picture.transpose(turn)
     pixels = np.ascontiguousarray(upright)

@@ -1,7 +1,8 @@
 """A recipe file (TOML) in, a checked frozen dataclass out; one dataclass a kind of source, chosen by the key `source`.
 
 Whatever the user can get wrong (a missing file, an unknown key, a wrong type, a value out of range) raises ValueError
-in one line that names the file, the key and what to do.
+in one line that names the file, the key and what to do. A recipe with `extends = "other.toml"` is that recipe with its
+own keys put over it, so that a subset is a file of two lines.
 """
 
 import difflib
@@ -13,10 +14,12 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from .web_recipe import WebRecipe
+
 Kind = TypeVar("Kind")
 Split = Literal["train", "held_out"]
 
-KIND_NAMES = {int: "a whole number", str: "a string", bool: "true or false", list: "a list of tables", dict: "a table"}
+KIND_NAMES = {int: "a whole number", str: "a string", bool: "true or false", list: "a list", dict: "a table"}
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,12 @@ class EmojiRecipe:
     """Training samples that place one to four pictures on a background."""
     retrieval_scenes: int = 500
     """Scenes in the held-out style; their captions are all different."""
+    seen_retrieval_scenes: int = 0
+    """As many in the training styles, which training does not show: the set `retrieval_seen`."""
+    scenes: Literal["spread", "grouped"] = "spread"
+    """`spread`: one to four pictures on a background. `grouped`: small things, counted and placed; no background said."""
+    names: tuple[str, ...] = ()
+    """Only pictures of these names; by default all."""
 
     def __post_init__(self) -> None:
         limits = {
@@ -90,6 +99,7 @@ class EmojiRecipe:
             "singles_per_picture": (0, 1000),
             "train_scenes": (0, 1_000_000),
             "retrieval_scenes": (0, 100_000),
+            "seen_retrieval_scenes": (0, 100_000),
         }
         for key, (low, high) in limits.items():
             if not low <= getattr(self, key) <= high:
@@ -112,12 +122,22 @@ class EmojiRecipe:
                 raise ValueError(f'the "{family}" styles are on both sides of the split; put them on one side')
 
 
-Recipe = EmojiRecipe
-SOURCES: dict[str, type[Recipe]] = {"emoji": EmojiRecipe}
+Recipe = EmojiRecipe | WebRecipe
+SOURCES: dict[str, type[Recipe]] = {"emoji": EmojiRecipe, "web": WebRecipe}
+MAX_EXTENDED = 8
 
 
 def load(path: Path) -> Recipe:
     """Returns the recipe in a TOML file, checked. Raises ValueError, in one line that starts with the path."""
+    table = _read(path)
+    try:
+        return _build(_source(table), table, "")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read(path: Path, depth: int = 0) -> dict[str, Any]:
+    """Returns the table of a recipe file, over that of the one that it extends."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -126,10 +146,12 @@ def load(path: Path) -> Recipe:
         raise ValueError(f"{path}: cannot be read as a recipe ({error})") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
-    try:
-        return _build(_source(table), table, "")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    if (base := table.pop("extends", None)) is None:
+        return table
+    if not isinstance(base, str) or depth == MAX_EXTENDED:
+        reason = "recipes extend one another" if isinstance(base, str) else "it must be the name of a recipe file"
+        raise ValueError(f"{path}: extends = {_shown(base)}: {reason}")
+    return _read(path.parent / base, depth + 1) | table
 
 
 def record(recipe: Recipe) -> dict[str, Any]:
@@ -169,7 +191,7 @@ def _build(kind: type[Kind], table: Mapping[str, Any], where: str) -> Kind:
             advice = f'did you mean "{near[0]}"?' if near else f"the keys are: {', '.join(sorted(hints))}"
             raise ValueError(f'unknown key "{where}{key}"; {advice}')
     for field in fields(kind):
-        if field.default is MISSING and field.name not in table:
+        if field.default is field.default_factory is MISSING and field.name not in table:
             raise ValueError(f'key "{where}{field.name}" is missing')
     return kind(**{key: _convert(hints[key], value, where + key) for key, value in table.items()})
 
@@ -181,7 +203,12 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         if value not in get_args(hint):
             raise ValueError(f"{key} = {_shown(value)} must be one of: {', '.join(get_args(hint))}")
         return value
+    if kind is Mapping:
+        names = _typed(value, dict, key)
+        return {name: _convert(get_args(hint)[1], item, f"{key}.{name}") for name, item in names.items()}
     if kind is tuple:
+        if get_args(hint)[0] is str and isinstance(value, str):
+            return (value,)
         items = _typed(value, list, key)
         return tuple(_convert(get_args(hint)[0], item, f"{key}[{i}]") for i, item in enumerate(items))
     if is_dataclass(kind):

@@ -6,9 +6,9 @@ follows. So work that was killed is redone by the shard, and the bytes depend on
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -111,14 +111,23 @@ def clear_left_overs(folder: Path) -> None:
         left_over.unlink(missing_ok=True)
 
 
-def write_shard(shard: Shard[Any]) -> None:
-    """Writes one shard: KEY.jpg, KEY.json and KEY.txt side by side, a key being the shard and the row in it."""
+@contextmanager
+def writing_tar(path: Path) -> Generator[Any]:
+    """Gives webdataset's writer of a tar that takes its name when it is whole; equal samples make equal bytes."""
     # Imported here: it brings torch along, which only the processes that write need.
     from webdataset.writer import TarWriter
 
+    with (
+        replacing(path) as file,
+        TarWriter(file, user="shortclip", group="shortclip", mode=0o644, mtime=0, encoder=False) as tar,
+    ):
+        yield tar
+
+
+def write_shard(shard: Shard[Any]) -> None:
+    """Writes one shard: KEY.jpg, KEY.json and KEY.txt side by side, a key being the shard and the row in it."""
     rows: list[dict[str, Any]] = []
-    writer = partial(TarWriter, user="shortclip", group="shortclip", mode=0o644, mtime=0, encoder=False)
-    with replacing(shard.tar) as file, writer(file) as tar:
+    with writing_tar(shard.tar) as tar:
         for row, plan in enumerate(shard.plans):
             sample = shard.draw(plan)
             key = f"{shard.shard_id:05d}{row:04d}"

@@ -1,0 +1,100 @@
+"""The passes over the web that a folder has seen, and what became of its rows over all of them.
+
+`_work/pass-1`, `_work/pass-2` and so on hold the work lists of each. A row stands in one list of the first pass, and in
+one of each later pass that tried it again; it counts by its last fate.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .accept import finished
+from .fates import RETRIED, SUCCESS
+from .select import Plan, list_path, read_plan
+
+
+class Passes:
+    """The passes over the web of a folder: `_work/pass-1`, `_work/pass-2` and so on, each with its plan."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.plans: list[Plan] = []
+        while (plan := read_plan(self.folder(len(self.plans) + 1))) is not None:
+            self.plans.append(plan)
+
+    def folder(self, number: int) -> Path:
+        return self.work / f"pass-{number}"
+
+    @property
+    def number(self) -> int:
+        return len(self.plans)
+
+    @property
+    def current(self) -> Plan | None:
+        return self.plans[-1] if self.plans else None
+
+    def begin(self, plan: Callable[[Path], Plan]) -> Plan:
+        """Adds a pass, there once it is whole; plan: writes work lists into a folder and returns their plan."""
+        folder = self.folder(self.number + 1)
+        unfinished = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        made = plan(unfinished)
+        unfinished.rename(folder)
+        self.plans.append(made)
+        return made
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of every row."""
+
+    rows: int
+    rows_read: int
+    filtered_out: int
+    fates: dict[str, int]
+    shards: int
+    shard_bytes: int
+    downloaded_bytes: int
+    passes: int
+
+    @property
+    def retryable(self) -> int:
+        return sum(number for fate, number in self.fates.items() if fate in RETRIED)
+
+
+def summarise(out: Path, passes: Passes) -> Summary:
+    """Returns what became of the rows, each counted by its last fate."""
+    fates: Counter[str] = Counter()
+    shards = shard_bytes = downloaded = 0
+    for plan in passes.plans:
+        for list_id in plan.lists:
+            if (report := finished(list_path(out, list_id))) is not None:
+                fates.update(report.fates)
+                fates.subtract(report.previous)
+                shards += bool(report.shard_bytes)
+                shard_bytes += report.shard_bytes
+                downloaded += report.downloaded_bytes
+    first = passes.plans[0]
+    ordered = {fate: number for fate, number in fates.most_common() if number}
+    return Summary(
+        first.rows, first.rows_read, first.filtered_out, ordered, shards, shard_bytes, downloaded, passes.number
+    )  # fmt: skip
+
+
+def describe(summary: Summary, out: Path) -> str:
+    """Returns the summary in words, a few lines."""
+    good = summary.fates.get(SUCCESS, 0)
+    lines = [
+        f"{out}: {good:,} pairs in {summary.shards:,} shards, {summary.shard_bytes / 1e6:,.1f} MB "
+        f"({summary.downloaded_bytes / 1e6:,.1f} MB downloaded)",
+        f"{summary.rows:,} of {summary.rows_read:,} rows selected, {good / max(summary.rows, 1):.1%} of them kept",
+    ]
+    lost = [f"{number:,} {fate}" for fate, number in summary.fates.items() if fate != SUCCESS]
+    if lost:
+        lines.append(f"left out {summary.rows - good:,}: {', '.join(lost)}")
+    if summary.retryable:
+        lines.append(f"{summary.retryable:,} may go well another time: the same command with --retry")
+    return "\n".join(lines)
