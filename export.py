@@ -72,11 +72,14 @@ def export(config: Export) -> None:
         )
     weights = read_run(config.run)
     model, grid, text_tokens = weights.config, weights.grid, weights.text_tokens
+    bias = weights.logit_bias
     if config.format == "huggingface":
-        texts = huggingface_config(model, grid, text_tokens) | bpe_files(text_tokens, config.vocabulary)
+        texts = huggingface_config(model, grid, text_tokens, logit_bias=bias) | bpe_files(
+            text_tokens, config.vocabulary
+        )
         tensors, loader = to_huggingface(model, weights.tensors, weights.image_positions), 'CLIPModel.from_pretrained("'
     else:
-        texts = {OPENCLIP_CONFIG: openclip_config(model, grid, text_tokens)}
+        texts = {OPENCLIP_CONFIG: openclip_config(model, grid, text_tokens, logit_bias=bias)}
         if model.text.tokenizer == "wordpiece":
             texts |= wordpiece_files(text_tokens, config.vocabulary)
         tensors = to_openclip(model, weights.tensors, weights.image_positions)

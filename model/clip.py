@@ -1,4 +1,4 @@
-"""CLIP: both towers and the temperature. A batch of patches and caption ids in, unit features out, in float32.
+"""CLIP: both towers, the temperature, and for the sigmoid loss a bias. Patches and caption ids in, unit features out.
 
 Shapes: B pairs, N image tokens, L text tokens, P patch values, E embedding.
 """
@@ -10,11 +10,17 @@ from torch import nn
 
 from .attention import AttentionName, attention_name, choose
 from .image import ImageTower
+from .loss import Features
 from .presets import ImageConfig, ModelConfig, TextConfig
 from .text import TextTower
 
 # Added to a feature's norm before the division, as in the published models.
 _NORM_EPS = 1e-8
+
+LOGIT_SCALE = 1 / 0.07
+"""What cosines are multiplied by at first. Source: CLIP, arXiv 2103.00020."""
+SIGMOID_LOGIT_SCALE, SIGMOID_LOGIT_BIAS = 10.0, -10.0
+"""The same for the sigmoid loss, and what is added then: nearly all pairs are no match. Source: arXiv 2303.15343."""
 
 
 class CLIP(nn.Module):
@@ -25,9 +31,19 @@ class CLIP(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, *, grid: tuple[int, int], text_tokens: int, attention: str = "auto"
+        self,
+        config: ModelConfig,
+        *,
+        grid: tuple[int, int],
+        text_tokens: int,
+        attention: str = "auto",
+        logit_bias: float | None = None,
     ) -> None:
-        """grid: (rows, columns) that positions index. attention: what --attention takes, or `math`, the reference."""
+        """grid: (rows, columns) that positions index. attention: what --attention takes, or `math`, the reference.
+
+        logit_bias: what the bias of the sigmoid loss begins with, SIGMOID_LOGIT_BIAS in its paper; the temperature
+        then begins as there too. None: there is no bias, and no parameter for it.
+        """
         super().__init__()
         if min(*grid, text_tokens) < 1:
             raise ValueError(f"grid {grid[0]}x{grid[1]} with {text_tokens} text tokens: each must be 1 or more")
@@ -37,7 +53,9 @@ class CLIP(nn.Module):
         self.text_tokens = text_tokens
         self.image = ImageTower(config, grid, name)
         self.text = TextTower(config, text_tokens, name)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        scale = LOGIT_SCALE if logit_bias is None else SIGMOID_LOGIT_SCALE
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(float(logit_bias)))
 
     def encode_image(self, patches_BNP: torch.Tensor, positions_BN: torch.Tensor) -> torch.Tensor:
         """Returns L2-normalised float32 [B, E]; the order of an image's patches does not matter.
@@ -50,13 +68,11 @@ class CLIP(nn.Module):
         """Returns L2-normalised float32 [B, E]. caption_ids: int32 [B, text_tokens]."""
         return _unit(self.text(caption_ids_BL))
 
-    def forward(
-        self, patches_BNP: torch.Tensor, positions_BN: torch.Tensor, caption_ids_BL: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns image_features_BE, text_features_BE and exp(logit_scale), the number that cosines are scaled by."""
+    def forward(self, patches_BNP: torch.Tensor, positions_BN: torch.Tensor, caption_ids_BL: torch.Tensor) -> Features:
+        """Returns the features of images and captions, exp(logit_scale) and the logit bias, if the model has one."""
         image_features_BE = self.encode_image(patches_BNP, positions_BN)
         text_features_BE = self.encode_text(caption_ids_BL)
-        return image_features_BE, text_features_BE, self.logit_scale.exp()
+        return Features(image_features_BE, text_features_BE, self.logit_scale.exp(), self.logit_bias)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
@@ -66,7 +82,7 @@ class CLIP(nn.Module):
             self.logit_scale.clamp_(0, math.log(self.config.max_logit_scale))
 
     def num_parameters(self) -> dict[str, int]:
-        """Returns how many parameters each tower has: `image`, `text`, and `total` with the temperature."""
+        """Returns how many parameters each tower has: `image`, `text`, and `total` with temperature and bias."""
         count = {name: sum(p.numel() for p in tower.parameters()) for name, tower in self.named_children()}
         return {**count, "total": sum(p.numel() for p in self.parameters())}
 

@@ -60,10 +60,13 @@ def to_huggingface(
     return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in found.items()}
 
 
-def huggingface_config(config: ModelConfig, grid: tuple[int, int], text_tokens: int) -> dict[str, Any]:
+def huggingface_config(
+    config: ModelConfig, grid: tuple[int, int], text_tokens: int, *, logit_bias: float | None = None
+) -> dict[str, Any]:
     """Returns by file name what CLIPModel and its image processor read. Raises ValueError, with the reason, for what
-    CLIPModel cannot compute. The picture is squeezed to the square with a bilinear kernel, as we evaluate."""
-    if reason := _why_not(config):
+    CLIPModel cannot compute. The picture is squeezed to the square with a bilinear kernel, as we evaluate.
+    logit_bias: the model's, if it has one."""
+    if reason := _why_not(config, logit_bias):
         raise ValueError(f"Hugging Face's CLIPModel cannot compute {config.name}: {reason}; export it for open_clip")
     size = grid[0] * config.image.patch
     vision = {**_tower(config, config.image), "image_size": size, "patch_size": config.image.patch}
@@ -109,11 +112,13 @@ def _tower(config: ModelConfig, tower: ImageConfig | TextConfig) -> dict[str, An
     }
 
 
-def _why_not(config: ModelConfig) -> str | None:
+def _why_not(config: ModelConfig, logit_bias: float | None) -> str | None:
     if not config.image.pre_norm:
         return "its image tower has no norm before the blocks"
     if config.image.pooling != "class":
         return f"its image pooling is {config.image.pooling}, not the class token"
     if not config.text.causal or config.text.pooling != "end":
         return "its text tower is not causal with the end token pooled"
+    if logit_bias is not None:
+        return "it has a logit bias, of the sigmoid loss"
     return None

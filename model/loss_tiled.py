@@ -1,96 +1,93 @@
-"""Symmetric InfoNCE without the [B, B] matrix: logits come in blocks of rows, and again for the gradient.
+"""Symmetric InfoNCE without a matrix of logits: they come in square tiles, and again for the gradient.
 
-Memory grows with B * E, not with B squared: 0.46 GiB over the inputs at B 32,768 and E 512. One product serves both
-directions, so with the recomputation there are four where the dense loss has six: 0.6 of its time at B 8,192, on a CPU.
+Memory grows with C * E, not with R * C. One product serves both directions, on many ranks too: a rank knows a part of
+each column's log-sum-exp, and the parts of its own columns come to it from the others, one number each.
 
-Shapes: B pairs, E embedding, R rows of a block.
+Shapes: E embedding, R rows (this rank's images), C columns (all ranks' captions), S and T rows and columns of a tile.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from .loss import cleared
+from .gather import exchanged, gathered
 
-TILE_VALUES = 2**24
-"""Logits of a block at most: 64 MiB."""
+TILE = 4096
+"""Rows and columns of a tile: 64 MiB of logits."""
 
 
-def tiled_info_nce(
-    image_features_BE: torch.Tensor,
-    text_features_BE: torch.Tensor,
-    logit_scale: torch.Tensor,
-    valid_B: torch.Tensor,
-    labels_B: torch.Tensor | None = None,
-    *,
-    tile_values: int = TILE_VALUES,
+def tiled_cross_entropy_sum(
+    scaled_RE: torch.Tensor,
+    text_RE: torch.Tensor,
+    valid_R: torch.Tensor,
+    valid_C: torch.Tensor,
+    group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
-    """Returns what `info_nce` returns, with the same gradients, for the same arguments."""
-    with torch.autocast(image_features_BE.device.type, enabled=False):
-        image_BE, text_BE = (cleared(x_BE, valid_B) for x_BE in (image_features_BE, text_features_BE))
-        scaled_BE = image_BE * logit_scale.to(image_BE.dtype)
-        rows = max(1, tile_values // len(valid_B))
-        total: Any = _TiledCrossEntropies.apply(scaled_BE, text_BE, valid_B, labels_B, rows)
-        return total / (2 * valid_B.sum().clamp(min=1))
+    """Returns the sum over this rank's valid pairs of both cross-entropies.
+
+    scaled: image features times the logit scale. Rows of pairs that are not valid must be zero.
+    """
+    lse: Any = _LogSumExp.apply(scaled_RE, gathered(text_RE, group), valid_R, valid_C)
+    row_lse_R, column_lse_C = lse
+    column_lse_R = exchanged(column_lse_C, group).logsumexp(dim=0)
+    positive_R = (scaled_RE * text_RE).sum(dim=1)
+    return torch.where(valid_R, row_lse_R + column_lse_R - 2 * positive_R, 0).sum()
 
 
-class _TiledCrossEntropies(torch.autograd.Function):
-    """The sum over valid pairs of both cross-entropies."""
+class _LogSumExp(torch.autograd.Function):
+    """The log-sum-exp of rows @ columns.T over each row and over each column, [R] and [C].
+
+    What is not valid counts in neither; a sum over nothing is the lowest finite number.
+    """
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,
-        scaled_BE: torch.Tensor,
-        text_BE: torch.Tensor,
-        valid_B: torch.Tensor,
-        labels_B: torch.Tensor | None,
-        rows: int,
-    ) -> torch.Tensor:
-        row_lse_B = torch.empty_like(scaled_BE[:, 0])
-        # The columns' log-sum-exp is streamed: the largest so far, and the sum of what is relative to it.
-        largest_B = torch.full_like(row_lse_B, torch.finfo(scaled_BE.dtype).min)
-        sum_B = torch.zeros_like(row_lse_B)
-        for block, logits_RB in _blocks(scaled_BE, text_BE, valid_B, labels_B, rows):
-            row_lse_B[block] = logits_RB.logsumexp(dim=1)
-            new_B = torch.maximum(largest_B, logits_RB.amax(dim=0))
-            sum_B = sum_B * (largest_B - new_B).exp() + logits_RB.sub_(new_B).exp_().sum(dim=0)
-            largest_B = new_B
-        column_lse_B = largest_B + sum_B.log()
-        ctx.save_for_backward(scaled_BE, text_BE, valid_B, labels_B, row_lse_B, column_lse_B)
-        ctx.rows = rows
-        positive_B = (scaled_BE * text_BE).sum(dim=1)
-        return torch.where(valid_B, row_lse_B + column_lse_B - 2 * positive_B, 0).sum()
+        ctx: Any, rows_RE: torch.Tensor, columns_CE: torch.Tensor, valid_R: torch.Tensor, valid_C: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        lowest = torch.finfo(rows_RE.dtype).min
+        row_lse_R, column_lse_C = (rows_RE.new_full((len(x),), lowest) for x in (rows_RE, columns_CE))
+        for rows, columns in tiles(len(rows_RE), len(columns_CE)):
+            logits_ST = _logits(rows_RE, columns_CE, valid_R, valid_C, rows, columns)
+            row_lse_R[rows] = torch.logaddexp(row_lse_R[rows], logits_ST.logsumexp(dim=1))
+            column_lse_C[columns] = torch.logaddexp(column_lse_C[columns], logits_ST.logsumexp(dim=0))
+        ctx.save_for_backward(rows_RE, columns_CE, valid_R, valid_C, row_lse_R, column_lse_C)
+        return row_lse_R, column_lse_C
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scaled_BE, text_BE, valid_B, labels_B, row_lse_B, column_lse_B = ctx.saved_tensors
-        scaled_grad_BE, text_grad_BE = torch.empty_like(scaled_BE), torch.zeros_like(text_BE)
-        weight_B = valid_B.to(scaled_BE.dtype)
-        for block, logits_RB in _blocks(scaled_BE, text_BE, valid_B, labels_B, ctx.rows):
-            grad_RB = (logits_RB - row_lse_B[block, None]).exp_().mul_(weight_B[block, None])
-            grad_RB += logits_RB.sub_(column_lse_B).exp_().mul_(weight_B)
-            grad_RB.diagonal(offset=block.start).sub_(2 * weight_B[block])
-            torch.mm(grad_RB, text_BE, out=scaled_grad_BE[block])
-            text_grad_BE.addmm_(grad_RB.T, scaled_BE[block])
-        (grad,) = grad_outputs
-        return scaled_grad_BE.mul_(grad), text_grad_BE.mul_(grad), None, None, None
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        rows_RE, columns_CE, valid_R, valid_C, row_lse_R, column_lse_C = ctx.saved_tensors
+        row_grad_R, column_grad_C = grad_outputs
+        rows_grad_RE, columns_grad_CE = torch.zeros_like(rows_RE), torch.zeros_like(columns_CE)
+        for rows, columns in tiles(len(rows_RE), len(columns_CE)):
+            logits_ST = _logits(rows_RE, columns_CE, valid_R, valid_C, rows, columns)
+            grad_ST = (logits_ST - row_lse_R[rows, None]).exp_().mul_(row_grad_R[rows, None])
+            grad_ST += logits_ST.sub_(column_lse_C[columns]).exp_().mul_(column_grad_C[columns])
+            rows_grad_RE[rows].addmm_(grad_ST, columns_CE[columns])
+            columns_grad_CE[columns].addmm_(grad_ST.T, rows_RE[rows])
+        return rows_grad_RE, columns_grad_CE, None, None
 
 
-def _blocks(
-    scaled_BE: torch.Tensor, text_BE: torch.Tensor, valid_B: torch.Tensor, labels_B: torch.Tensor | None, rows: int
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Gives the logits of one block of rows after another, [R, B]: the lowest number where a pair must not be seen."""
-    batch = len(valid_B)
-    lowest = torch.finfo(scaled_BE.dtype).min
-    for start in range(0, batch, rows):
-        block = slice(start, min(start + rows, batch))
-        logits_RB = scaled_BE[block] @ text_BE.T
-        logits_RB.masked_fill_(~valid_B, lowest)
-        # As negatives of the columns; of the rows themselves, which are not scored, what stands here is never used.
-        logits_RB.masked_fill_(~valid_B[block, None], lowest)
-        if labels_B is not None:
-            copies_RB = labels_B[block, None] == labels_B
-            copies_RB.diagonal(offset=start).fill_(False)
-            logits_RB.masked_fill_(copies_RB, lowest)
-        yield block, logits_RB
+def tiles(num_rows: int, num_columns: int) -> Iterator[tuple[slice, slice]]:
+    """Gives the (rows, columns) of one tile after another; the last of either may be smaller than TILE."""
+    for row in range(0, num_rows, TILE):
+        for column in range(0, num_columns, TILE):
+            yield slice(row, min(row + TILE, num_rows)), slice(column, min(column + TILE, num_columns))
+
+
+def _logits(
+    rows_RE: torch.Tensor,
+    columns_CE: torch.Tensor,
+    valid_R: torch.Tensor,
+    valid_C: torch.Tensor,
+    rows: slice,
+    columns: slice,
+) -> torch.Tensor:
+    """Returns one tile of logits, [S, T]: the lowest finite number where a pair must not be seen."""
+    logits_ST = rows_RE[rows] @ columns_CE[columns].T
+    hidden_ST = ~(valid_R[rows, None] & valid_C[columns])
+    return logits_ST.masked_fill_(hidden_ST, torch.finfo(logits_ST.dtype).min)

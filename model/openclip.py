@@ -54,6 +54,9 @@ _OTHERS = {
     "text.projection.weight": "text_projection",
     "logit_scale": "logit_scale",
 }
+LOGIT_BIAS = "logit_bias"
+"""Of models trained with the sigmoid loss alone; open_clip's name and ours."""
+_SINGLE = ("logit_scale", LOGIT_BIAS)
 _TRANSPOSED = ("image.projection.weight", "text.projection.weight")
 # Buffers and marks of older files, which hold no weight.
 _NO_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
@@ -64,9 +67,11 @@ _ACTIVATIONS: dict[Activation, dict[str, str] | None] = {"gelu_tanh": {"approxim
 _TORCH_EPS = 1e-5
 
 
-def names(config: ModelConfig) -> dict[str, str]:
-    """Returns open_clip's name for each of ours."""
+def names(config: ModelConfig, *, logit_bias: bool = False) -> dict[str, str]:
+    """Returns open_clip's name for each of ours. logit_bias: whether the model has one."""
     found = {ours: theirs for ours, theirs in _OTHERS.items() if config.image.pre_norm or "pre_norm" not in ours}
+    if logit_bias:
+        found[LOGIT_BIAS] = LOGIT_BIAS
     towers = (("image.", "visual.", config.image), ("text.", "", config.text))
     for ours, theirs, tower in towers:
         for i in range(tower.layers):
@@ -96,7 +101,7 @@ def to_openclip(
     """Returns the tensors as open_clip has them; the class token gets a position of zeros. tensors: without a table."""
     patch = config.image.patch
     found: dict[str, torch.Tensor] = {}
-    for ours, theirs in names(config).items():
+    for ours, theirs in names(config, logit_bias=LOGIT_BIAS in tensors).items():
         if ours == TABLE:
             tensor = torch.cat([torch.zeros_like(table_GD[:1]), table_GD])
         elif ours == "image.patch_embedding.weight":
@@ -115,13 +120,13 @@ def from_openclip(
     The class token's position is added to the class token, which is what the model does with it.
     """
     found: dict[str, torch.Tensor] = {}
-    for ours, theirs in names(config).items():
+    for ours, theirs in names(config, logit_bias=LOGIT_BIAS in tensors).items():
         tensor = tensors[theirs].to(torch.float32)
         if ours == "image.patch_embedding.weight":
             tensor = tensor.permute(0, 2, 3, 1).flatten(1)
         elif ours in _TRANSPOSED:
             tensor = tensor.T
-        elif ours == "logit_scale":
+        elif ours in _SINGLE:
             tensor = tensor.reshape(())
         found[ours] = tensor.contiguous()
     table = found.pop(TABLE)
@@ -134,7 +139,7 @@ def misfit(config: ModelConfig, tensors: Mapping[str, torch.Tensor], expected: M
 
     expected: shapes of our tensors. The numbers of image and text positions may differ.
     """
-    wanted = names(config)
+    wanted = names(config, logit_bias=LOGIT_BIAS in tensors)
     missing = [theirs for theirs in wanted.values() if theirs not in tensors]
     extra = sorted(set(tensors) - set(wanted.values()))
     if missing or extra:
@@ -149,7 +154,7 @@ def misfit(config: ModelConfig, tensors: Mapping[str, torch.Tensor], expected: M
             shape = shape[::-1]
         free = ours in (TABLE, "text.positions_LD")
         same = len(found) == 2 and found[1:] == shape[1:] if free else found == shape
-        if not same and not (ours == "logit_scale" and math.prod(found) == 1):
+        if not same and not (ours in _SINGLE and math.prod(found) == 1):
             return wrong_shape(theirs, found, shape)
     return None
 
@@ -169,10 +174,13 @@ def wrong_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) ->
     return f"{name} is {there} there and {here} in the model"
 
 
-def openclip_config(config: ModelConfig, grid: tuple[int, int], text_tokens: int) -> dict[str, Any]:
+def openclip_config(
+    config: ModelConfig, grid: tuple[int, int], text_tokens: int, *, logit_bias: float | None = None
+) -> dict[str, Any]:
     """Returns what open_clip_config.json holds. Raises ValueError, with the reason, for what open_clip cannot compute.
 
-    The picture is squeezed to the square with a bilinear kernel, as we evaluate.
+    The picture is squeezed to the square with a bilinear kernel, as we evaluate. logit_bias: the model's, if it has
+    one: where the config names none, open_clip makes no parameter for it.
     """
     image, text = config.image, config.text
     if image.pooling not in _IMAGE_POOLINGS:
@@ -215,7 +223,9 @@ def openclip_config(config: ModelConfig, grid: tuple[int, int], text_tokens: int
         "interpolation": "bilinear",
         "resize_mode": "squash",
     }
-    model = {"embed_dim": config.embed_dim, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+    model: dict[str, Any] = {"embed_dim": config.embed_dim, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+    if logit_bias is not None:
+        model["init_logit_bias"] = logit_bias
     return {"model_cfg": model, "preprocess_cfg": preprocess}
 
 
@@ -230,7 +240,9 @@ def _mlp_ratio(tower: ImageConfig | TextConfig) -> float:
 # What a config of open_clip may say beside what is read below, without changing what is computed.
 _HARMLESS = frozenset(
     {"image_size", "context_length", "patch_dropout", "pos_embed_type", "output_tokens", "pad_id", "eos_id"}
-    | {"hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "init_logit_scale", "custom_text"}
+    | {"hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "custom_text"}
+    # What the weights replace.
+    | {"init_logit_scale", "init_logit_bias"}
 )
 
 

@@ -54,6 +54,12 @@ class Weights:
         return len(self.tensors["text.positions_LD"])
 
     @property
+    def logit_bias(self) -> float | None:
+        """That of the sigmoid loss; None where they have none."""
+        bias = self.tensors.get(openclip.LOGIT_BIAS)
+        return None if bias is None else bias.item()
+
+    @property
     def image_positions(self) -> torch.Tensor:
         """Image positions, float32 [G, D]."""
         image = self.config.image
@@ -120,7 +126,9 @@ def read(path: Path, preset: ModelConfig) -> Weights:
             raise ValueError(f"--init {path}: {error}") from None
     check_same_architecture(str(path), config, preset)
     tensors = openclip.plain_names(tensors)
-    if phrase := openclip.misfit(config, tensors, _shapes(config, len(tensors.get("positional_embedding", ())))):
+    has_bias = openclip.LOGIT_BIAS in tensors
+    expected = _shapes(config, len(tensors.get("positional_embedding", ())), logit_bias=has_bias)
+    if phrase := openclip.misfit(config, tensors, expected):
         raise ValueError(f"--init {path} does not fit --model {preset.name}: {phrase}")
     ours, table_GD = openclip.from_openclip(config, tensors)
     side = math.isqrt(len(table_GD))
@@ -133,7 +141,8 @@ def read(path: Path, preset: ModelConfig) -> Weights:
 
 def own(source: str, config: ModelConfig, tensors: Mapping[str, torch.Tensor], grid: tuple[int, int]) -> Weights:
     """Returns the weights of a model of ours. Raises ValueError, in one line, where config and tensors do not fit."""
-    expected = _shapes(config, len(tensors.get("text.positions_LD", ())))
+    has_bias = openclip.LOGIT_BIAS in tensors
+    expected = _shapes(config, len(tensors.get("text.positions_LD", ())), logit_bias=has_bias)
     found = dict(tensors)
     table_GD = found.pop(openclip.TABLE, None)
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
@@ -157,14 +166,16 @@ def hand_over(
     text_tokens: int,
     positions: Positions = "fixed",
     on_resize: OnResize = "auto",
+    logit_bias: float | None = None,
 ) -> tuple[ModelConfig, dict[str, torch.Tensor], list[str]]:
     """Returns the config and state of a model for another grid and text length, and what was done, in phrases.
 
     The config is the preset with the activation, norm epsilon and pixel mean of the weights: they travel with them.
     positions: whether image positions are trained from here on. on_resize: `recompute` the sin-cos table for the new
     grid, as CLIPA's JAX code, or `interpolate` the old one, as its torch code; `auto` recomputes fixed positions that
-    are sin-cos and interpolates others. Text positions are always resampled. Raises ValueError, in one line, where the
-    model is another, or where trained positions would be thrown away.
+    are sin-cos and interpolates others. Text positions are always resampled. logit_bias: what the model's bias begins
+    with where the weights have none, as those of InfoNCE; None: the model has none. Raises ValueError, in one line,
+    where the model is another, or where trained positions would be thrown away.
     """
     check_same_architecture(weights.source, weights.config, preset)
     sincos = weights.table_GD is None
@@ -195,6 +206,12 @@ def hand_over(
         state[openclip.TABLE] = resized_grid(weights.image_positions, weights.grid, grid) if new_GD is None else new_GD
     state["text.positions_LD"] = resized_text(state["text.positions_LD"], text_tokens)
     phrases = [f"image positions {how}, {positions} from here on"]
+    if logit_bias is None:
+        if state.pop(openclip.LOGIT_BIAS, None) is not None:
+            phrases.append("the logit bias left out, which is of the sigmoid loss alone")
+    elif openclip.LOGIT_BIAS not in state:
+        state[openclip.LOGIT_BIAS] = torch.tensor(float(logit_bias))
+        phrases.append(f"a logit bias of {logit_bias:g} beside the temperature of the weights")
     if text_tokens != weights.text_tokens:
         phrases.append(f"text positions {weights.text_tokens} to {text_tokens}, interpolated")
     if (config.activation, config.norm_eps) != (preset.activation, preset.norm_eps):
@@ -222,9 +239,9 @@ def check_same_architecture(source: str, config: ModelConfig, preset: ModelConfi
                 )
 
 
-def _shapes(config: ModelConfig, text_tokens: int) -> dict[str, torch.Size]:
+def _shapes(config: ModelConfig, text_tokens: int, *, logit_bias: bool = False) -> dict[str, torch.Size]:
     """The shapes of a model's tensors, without a table of image positions."""
     computed = replace(config, image=replace(config.image, positions="computed"))
     with torch.device("meta"):
-        model = CLIP(computed, grid=(1, 1), text_tokens=max(text_tokens, 1))
+        model = CLIP(computed, grid=(1, 1), text_tokens=max(text_tokens, 1), logit_bias=0.0 if logit_bias else None)
     return {name: tensor.shape for name, tensor in model.state_dict().items()}

@@ -1,7 +1,8 @@
 """What open_clip computes, for tests/test_interop.py: run by .venv-peers, which has open_clip, as a process of its own.
 
 `create NAME LAYERS INPUTS FOLDER`: a random model, cut to so many layers (0: all): weights and features.
-`load FOLDER INPUTS`: the features of a local folder, through create_model_and_transforms and get_tokenizer.
+`load FOLDER INPUTS`: the features of a local folder, through create_model_and_transforms and get_tokenizer, its scale
+and its bias; with one, the sigmoid loss of these pairs too.
 `huggingface FOLDER INPUTS`: the features of a local folder in transformers' CLIPModel, and its tokenizer's ids.
 All write FOLDER/features.npz; INPUTS is an .npz of pixels uint8 [B, height, width, 3] and caption_ids int64 [B, L].
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
+from open_clip.loss import SigLipLoss
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -57,7 +59,12 @@ def load(folder, inputs):
     model.eval()
     values = np.load(inputs)
     image, text = features(model, values["pixels"], values["caption_ids"])
-    found = {"image": image, "text": text}
+    found = {"image": image, "text": text, "scale": model.logit_scale.exp().item()}
+    if model.logit_bias is not None:
+        found["bias"] = model.logit_bias.item()
+        pair = [torch.from_numpy(each) for each in (image, text)]
+        with torch.no_grad():
+            found["loss"] = SigLipLoss()(*pair, model.logit_scale.exp(), model.logit_bias).item()
     if "picture" in values:
         picture = preprocess(Image.fromarray(values["picture"]))[None]
         tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(values["sentences"].tolist())

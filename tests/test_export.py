@@ -104,6 +104,28 @@ def test_the_bpe_tokenizers_files_give_our_ids(clip_vocabulary: Path) -> None:
         assert tokenizer.encode(text).ids == ids[: ids.argmax() + 1].tolist()
 
 
+def test_a_run_of_the_sigmoid_loss_is_exported_with_its_bias_and_not_for_clip_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = model_config("ViT-Ti-16-bpe")
+    model = make_run(tmp_path / "run", config, 4, 8, logit_bias=-7.25)
+    out = tmp_path / "clip" / "model.safetensors"
+    assert export.main([str(tmp_path / "run"), "--out", str(out)]) == 0
+    assert load_file(out)["logit_bias"].item() == -7.25
+    assert json.loads((out.parent / "open_clip_config.json").read_text())["model_cfg"]["init_logit_bias"] == -7.25
+    found, state, _ = hand_over(read(out, config), config, grid=(4, 4), text_tokens=8, logit_bias=0.0)
+    assert found == config
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    capsys.readouterr()
+    out = tmp_path / "other" / "model.safetensors"
+    assert export.main([str(tmp_path / "run"), "--out", str(out), "--format", "huggingface"]) == 2
+    assert capsys.readouterr().err == (
+        "error: Hugging Face's CLIPModel cannot compute ViT-Ti-16-bpe: it has a logit bias, of the sigmoid loss; "
+        "export it for open_clip\n"
+    )
+    assert not out.parent.exists()
+
+
 def test_exporting_again_replaces_the_file(tmp_path: Path) -> None:
     _, out = exported(tmp_path)
     before = out.read_bytes()

@@ -17,6 +17,7 @@ from random_run import make_run
 
 import export
 from model.clip import CLIP
+from model.loss import Features, contrastive_loss
 from model.openclip import openclip_config
 from model.presets import ModelConfig, model_config
 from model.weights import hand_over, read
@@ -169,6 +170,24 @@ def test_an_export_gives_our_features_in_open_clip(
     ours = our_features(model, np.ascontiguousarray(pixels), ids)
     for our, name in zip(ours, ("picture_features", "sentence_features"), strict=True):
         assert np.abs(our - theirs[name]).max() < ATOL
+
+
+def test_an_export_of_the_sigmoid_loss_gives_our_loss_in_open_clip(tmp_path: Path) -> None:
+    config = model_config("ViT-Ti-16")
+    model = make_run(tmp_path / "run", config, 4, 8, logit_bias=-9.5)
+    folder = tmp_path / "exported"
+    assert export.main([str(tmp_path / "run"), "--out", str(folder / "model.safetensors")]) == 0
+    values = inputs(tmp_path / "inputs.npz", config, 4, 8)
+    peer("load", folder, tmp_path / "inputs.npz")
+    theirs = np.load(folder / "features.npz")
+    ours = our_features(model, values["pixels"], values["caption_ids"])
+    check("sigmoid", ours, [theirs["image"], theirs["text"]])
+    assert theirs["bias"] == -9.5
+    scale, bias = model.logit_scale.detach().exp(), model.logit_bias
+    assert theirs["scale"] == pytest.approx(scale.item())
+    features = Features(torch.from_numpy(ours[0]), torch.from_numpy(ours[1]), scale, bias)
+    loss = contrastive_loss(features, torch.ones(2, dtype=torch.bool), kind="sigmoid")
+    assert theirs["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_an_export_gives_our_features_in_hugging_faces_clip(tmp_path: Path, clip_vocabulary: Path) -> None:

@@ -38,9 +38,14 @@ DIALECTS = pytest.mark.parametrize("config", [WORDPIECE, BPE], ids=["wordpiece",
 GRID, TEXT_TOKENS = (4, 4), 8
 
 
-def random_model(config: ModelConfig, grid: tuple[int, int] = GRID, text_tokens: int = TEXT_TOKENS) -> CLIP:
+def random_model(
+    config: ModelConfig,
+    grid: tuple[int, int] = GRID,
+    text_tokens: int = TEXT_TOKENS,
+    logit_bias: float | None = None,
+) -> CLIP:
     torch.manual_seed(0)
-    model = CLIP(config, grid=grid, text_tokens=text_tokens)
+    model = CLIP(config, grid=grid, text_tokens=text_tokens, logit_bias=logit_bias)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -72,10 +77,12 @@ def loaded(config: ModelConfig, state: dict[str, torch.Tensor], grid: tuple[int,
     return model
 
 
+@pytest.mark.parametrize("logit_bias", [None, -10.0])
 @DIALECTS
-def test_there_and_back_again_is_the_same_model(config: ModelConfig) -> None:
-    model = random_model(config)
+def test_there_and_back_again_is_the_same_model(config: ModelConfig, logit_bias: float | None) -> None:
+    model = random_model(config, logit_bias=logit_bias)
     theirs = as_openclip(model)
+    assert ("logit_bias" in theirs) == (logit_bias is not None)
     assert theirs["visual.conv1.weight"].shape == (48, 3, 8, 8)
     assert theirs["visual.positional_embedding"].shape == (17, 48)
     assert not theirs["visual.positional_embedding"][0].any()
@@ -224,7 +231,7 @@ def remove(name: str) -> Any:
     [
         (remove("ln_final.bias"), r"does not fit --model small: it lacks ln_final.bias$"),
         (lambda t: [t.pop(k) for k in ("visual.proj", "logit_scale")], r"it lacks visual.proj and 1 more$"),
-        (lambda t: t.update(logit_bias=torch.zeros(())), r"it has the unknown logit_bias$"),
+        (lambda t: t.update(logit_bias=torch.zeros(2)), r"logit_bias is 2 there and a single number in the model$"),
         (
             lambda t: t.update({"visual.proj": torch.zeros(48, 32)}),
             r"visual.proj is 48x32 there and 48x24 in the model$",
@@ -376,6 +383,46 @@ def test_the_same_lengths_change_nothing() -> None:
     assert config == WORDPIECE
     assert torch.equal(features(loaded(config, state, GRID, TEXT_TOKENS)), features(model))
     assert phrases == ["image positions as they were, fixed from here on"]
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_logit_bias_travels_with_the_weights_to_a_model_that_has_one(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    model = random_model(WORDPIECE, logit_bias=-10.0)
+    bias = model.logit_bias
+    assert bias is not None
+    theirs = as_openclip(model)
+    theirs["logit_bias"] = theirs["logit_bias"].reshape(shape)
+    save_file(theirs, tmp_path / "model.safetensors")
+    values = openclip_config(WORDPIECE, GRID, TEXT_TOKENS, logit_bias=bias.item())
+    assert values["model_cfg"]["init_logit_bias"] == bias.item()
+    assert described(values, WORDPIECE) == WORDPIECE
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(values))
+    plain = "image positions as they were, fixed from here on"
+    for weights in (read(tmp_path / "model.safetensors", WORDPIECE), weights_of(model)):
+        assert weights.logit_bias == bias.item()
+        config, state, phrases = hand_over(weights, WORDPIECE, grid=GRID, text_tokens=TEXT_TOKENS, logit_bias=-10.0)
+        assert phrases == [plain]
+        other = CLIP(config, grid=GRID, text_tokens=TEXT_TOKENS, logit_bias=0.0)
+        other.load_state_dict(state)
+        assert all(
+            torch.equal(mine, theirs) for mine, theirs in zip(other.parameters(), model.parameters(), strict=True)
+        )
+        # InfoNCE has no use for it.
+        config, state, phrases = hand_over(weights, WORDPIECE, grid=GRID, text_tokens=TEXT_TOKENS)
+        assert phrases == [plain, "the logit bias left out, which is of the sigmoid loss alone"]
+        loaded(config, state, GRID, TEXT_TOKENS)
+
+
+def test_weights_without_a_logit_bias_get_the_one_named() -> None:
+    weights = weights_of(random_model(WORDPIECE))
+    assert weights.logit_bias is None
+    config, state, phrases = hand_over(weights, WORDPIECE, grid=GRID, text_tokens=TEXT_TOKENS, logit_bias=-10.0)
+    assert phrases[1:] == ["a logit bias of -10 beside the temperature of the weights"]
+    model = CLIP(config, grid=GRID, text_tokens=TEXT_TOKENS, logit_bias=0.0)
+    model.load_state_dict(state)
+    assert model.logit_bias is not None
+    assert model.logit_bias.item() == -10
+    assert torch.equal(model.logit_scale, weights.tensors["logit_scale"])
 
 
 def test_own_weights_of_another_model_or_config_are_one_line() -> None:
