@@ -1,19 +1,19 @@
 """Trains a CLIP on short token sequences: `python train.py --tokens 16`. The same command again resumes.
 
+On several GPUs or processes: `torchrun --nproc-per-node 8 train.py ...`; on torchrun's --max-restarts it resumes too.
 The loop stands here, top to bottom: next batch, forward, loss, backward, step, log. What it is made of is in
 pipeline/ (batches), model/ (encoders, loss) and training/ (the rest).
 """
 
 import contextlib
+import dataclasses
+import functools
+import itertools
 import json
-import math
 import os
-import shutil
-import signal
+import secrets
 import sys
-import time
-from pathlib import Path
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
 # OpenMP threads that spin while they wait take a core from the thread that makes batches; torch reads it as it loads.
@@ -22,348 +22,258 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 from evaluation.classes import CLASS_NAMES_FILE
-from model.clip import CLIP, gflops_per_pair
-from model.loss import info_nce
+from model.clip import CLIP
+from model.loss import Features, contrastive_loss
 from model.presets import to_json
 from pipeline.files import only_writer, write_text
-from pipeline.index import Index, open_index
-from pipeline.ingest.emoji import finished, make
-from pipeline.ingest.recipe import load
-from pipeline.loader import Loader, Settings
-from pipeline.mixture import Mixture, by_source, make_order
-from pipeline.order import Order
+from pipeline.loader import Settings
 from training import checkpoint, optim
-from training.config import STARTER, Config, attention_backends, parse, record, refuse_other_run, resolved
+from training.accumulation import Inputs, accumulated
+from training.checkpoint_writer import CheckpointWriter
+from training.config import Config, parse, resolved, resolved_device
+from training.data import batch_settings, open_data, open_loader
+from training.describe import describe
+from training.distributed import AgreedError, World, attempt, first_speaks, joined, place
+from training.ema import Ema
+from training.health import NON_FINITE_LIMIT, Advice, Skips, non_finite_run
+from training.held_out import ShardSet, local_folder, zero_shot_accuracy
 from training.initial import recorded_encoders, starting_encoders
-from training.metrics import LEDGER, METRICS, REJECTED, BadSampleBudget, RunLog, StepTimer, ids_hash
+from training.metrics import BadSampleBudget, RunLog, log_line
+from training.parallel import backward, layout, over_ranks, spread
+from training.peers import Peers, watched
+from training.rates import Rates
+from training.reporters import Reporters
+from training.resume import checkpoint_to_resume, clear, record, refuse_other_data
 from training.schedule import learning_rate
-from validate import ShardSet, local_folder, zero_shot_accuracy
+from training.signals import INTERRUPTED, StopSignal
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C or SIGTERM, with a checkpoint saved."""
 SWITCH_INTERVAL = 0.0005
 """Seconds for which a loader thread may keep the GIL from the step; Python's own 5 ms are 2 % of a small step."""
-NON_FINITE_LIMIT = 20
-"""Steps in a row with a loss that is not finite before the run stops."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 finished, 2 for what the user can mend, 130 interrupted (after a checkpoint, if any)."""
+    """Returns the exit code: 0 finished, 2 for what the user can mend, 3 where another rank was lost (training.peers),
+    130 interrupted by Ctrl-C or SIGTERM (after a checkpoint, if any)."""
+    world, met = place(), False
     try:
-        config = parse(sys.argv[1:] if arguments is None else arguments, __doc__ or "")
-        sys.setswitchinterval(SWITCH_INTERVAL)
-        config = resolved(config, cuda=torch.cuda.is_available())
-        with only_writer(config.run_folder):
-            return train(config)
+        with first_speaks(world), contextlib.ExitStack() as held:
+            stages = parse(sys.argv[1:] if arguments is None else arguments, __doc__ or "")
+            sys.setswitchinterval(SWITCH_INTERVAL)
+            cuda = torch.cuda.is_available()
+            held.enter_context(joined(world, resolved_device(stages[0].device, cuda=cuda)))
+            peers = held.enter_context(watched(world, stages[0].peer_timeout))
+            met = True
+            for number, stage in enumerate(stages, 1):
+                if stage.stage is not None:
+                    print(f"stage     {stage.stage}, {number} of {len(stages)}")
+                with contextlib.ExitStack() as of_stage:
+                    with world.agreed():
+                        config = resolved(stage, cuda=cuda, world_size=world.size)
+                        if attempt():  # torchrun's new start of a run is no new run
+                            config = dataclasses.replace(config, resume="auto")
+                        if world.is_first:
+                            of_stage.enter_context(only_writer(config.run_folder))
+                    code = train(config, world, peers)
+                if code:
+                    return code
+            return 0
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Before the ranks have met, those of a host mostly stumble over the same.
+        if world.is_first or (not isinstance(error, AgreedError) if met else world.local_rank == 0):
+            print(f"error: {f'rank {world.rank}: ' if world.rank else ''}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted before the first step; the same command begins again", file=sys.stderr)
+        if world.is_first:
+            print("interrupted before the first step; the same command begins again", file=sys.stderr)
         return INTERRUPTED
 
 
-def train(config: Config) -> int:
-    """Trains, or goes on training, as a resolved config says. Returns the exit code."""
-    run = config.run_folder
-    last = checkpoint_to_resume(config)
+def train(config: Config, world: World, peers: Peers) -> int:
+    """Trains, or goes on training, as a resolved config says; all ranks call it. Returns the exit code."""
+    run, device = config.run_folder, torch.device(config.device)
+    with world.agreed():
+        last = checkpoint_to_resume(config) if world.is_first else None
+    last = world.of_first(last)
     if last is not None and last.state["step"] >= config.total_steps:
         print(f"{run} is finished: {last.state['step']:,} steps, {last.state['samples_seen']:,} pairs; nothing to do")
         return 0
-    make_starter(config)
-    sources, shares = config.sources
-    index = open_index(sources)
-    assert config.lanes is not None
-    assert config.warmup_samples is not None
-    assert config.decoder != "auto"
-    order = make_order(
-        index.shard_sizes, index.source_shards, shares, batch_size=config.batch_size, seed=config.seed,
-        lanes=config.lanes, resampled=config.resampled,
-    )  # fmt: skip
-    geometry = config.geometry
-    encoders, weights = (recorded_encoders(run), None) if last else starting_encoders(config)
-    settings = Settings(
-        geometry,
-        config.text_tokens,
-        config.decoder,
-        crop=config.crop,
-        colour=config.colour,
-        captions=config.captions,
-        text_reduction=config.text_reduction,
-        tokenizer=encoders.text.tokenizer,
-        vocabulary=config.vocabulary,
-        seed=config.seed,
-        device_id=(torch.cuda.current_device() if config.device == "cuda" else None),
-    )
-    loader = Loader(index, order, settings)
-    held_out = None
-    if config.eval_data:
-        held_out = ShardSet(local_folder("--eval-data", config.eval_data), settings)
-        if not held_out.names:
-            raise ValueError(f"--eval-data {config.eval_data} has no {CLASS_NAMES_FILE}; give a shard set with classes")
+    index, order = open_data(config, world)
+    with world.agreed():
+        encoders, weights = (recorded_encoders(run), None) if last else starting_encoders(config)
+        settings = batch_settings(config, encoders)
+        measure = zero_shot(config, settings, world)
+        if last is not None:
+            refuse_other_data(last.state, index.digest, index.source_shards if config.sources[1] else None, run)
+    loader = open_loader(index, order, settings, world)
 
     torch.manual_seed(config.seed)
-    device = torch.device(config.device)
-    model = CLIP(encoders, grid=geometry.grid, text_tokens=config.text_tokens, attention=config.attention)
+    model = CLIP(
+        encoders, grid=settings.geometry.grid, text_tokens=config.text_tokens, attention=config.attention,
+        logit_bias=config.logit_bias,
+    )  # fmt: skip
     if weights is not None:
         model.load_state_dict(weights)
-    model.to(device)
-    forward = torch.compile(model) if config.compile else model
-    optimizer = optim.build(model, weight_decay=config.weight_decay, beta2=config.beta2, decayed=encoders.decayed)
-    describe(config, model, index, order)
+    describe(config, model, index, order, layout(config, world))
+    called = spread(model.to(device), config, world)
+    optimizer = optim.build(
+        model, weight_decay=config.weight_decay, beta2=config.beta2, eps=encoders.adam_eps, decayed=encoders.decayed
+    )
+    ema = Ema(model, config.ema) if config.ema else None
 
-    step = samples_seen = 0
-    if last is None:
-        clear(run)
-    else:
-        if last.state["index_digest"] != index.digest:
-            raise ValueError(f"{run} was trained on other data: the shards changed since; use another --out")
-        # With weights, where one source ends and the next begins is part of the order.
-        if shares and last.state.get("source_shards") != list(index.source_shards):
-            raise ValueError(
-                f"{run} was trained on sources of other shards: some moved between them; use another --out"
-            )
-        model.load_state_dict(last.model_tensors())
-        optim.load_state_tensors(model, optimizer, last.optimizer_tensors())
+    step = samples_seen = skipped = in_a_row = 0
+    if last is not None:
+        model.load_state_dict(last.tensors_like("model", model.state_dict()))
+        placed = dict(model.named_parameters())
+        optim.load_state_tensors(model, optimizer, last.tensors_like("optimizer", placed))
+        if ema is not None:
+            ema.load(last.tensors_like("ema", placed))
         step, samples_seen = last.state["step"], last.state["samples_seen"]
+        skipped = last.state.get("skipped_steps", 0)
         loader.known_bad.update({int(sample): reason for sample, reason in last.state["known_bad"].items()})
         print(f"resuming at step {step:,} from {last.path}")
-    write_text(run / "config.json", json.dumps({**record(config), "encoders": to_json(encoders)}, indent=1) + "\n")
-    log = RunLog(run, step)
+    log = None
+    with world.agreed():
+        batches = loader.batches(
+            step, config.total_steps, threads=config.threads, prefetch=config.prefetch, workers=config.workers
+        )
+        if world.is_first:
+            if last is None:
+                clear(run)
+            recorded = {**record(config), "encoders": to_json(encoders)}
+            write_text(run / "config.json", json.dumps(recorded, indent=1) + "\n")
+            log = RunLog(run, step, with_ids=config.ledger, reporters=Reporters(config.report_to, run, recorded, step))
+
+    def encode(inputs: Inputs) -> Features:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            return called(*inputs)
+
+    def loss_of(features: Features, valid: torch.Tensor) -> torch.Tensor:
+        return contrastive_loss(features, valid, kind=config.loss, tiled=config.tiled, group=world.group)
 
     def save() -> None:
-        known_bad = {str(sample): reason for sample, reason in sorted(dict(loader.known_bad).items())}
+        known_bad = {sample: reason for each in world.each(dict(loader.known_bad)) for sample, reason in each.items()}
         state = {
             "samples_seen": samples_seen,
+            "skipped_steps": skipped,
             "index_digest": index.digest,
             "source_shards": index.source_shards,
-            "known_bad": known_bad,
+            "known_bad": {str(sample): known_bad[sample] for sample in sorted(known_bad)},
         }
-        tensors = optim.state_tensors(model, optimizer)
-        checkpoint.save(run, step, model.state_dict(), tensors, state, config.keep_checkpoints)
+        averages = {} if ema is None else {"ema": ema.tensors}
+        writer.save(step, model.state_dict(), optim.state_tensors(model, optimizer), state, **averages)
 
-    timer, budget = StepTimer(), BadSampleBudget(config.max_bad_fraction)
-    hashes: list[str] = []
+    rates = Rates(config, encoders, device, world)
+    skips, advice, budget = Skips(device, skipped), Advice(), BadSampleBudget(config.max_bad_fraction)
     losses: list[torch.Tensor] = []
-    non_finite = 0
-    total_samples = config.total_steps * config.batch_size
-    batches = loader.batches(step, config.total_steps, threads=config.threads, prefetch=config.prefetch)
-    with StopSignal() as stop, contextlib.closing(batches):
-        while step < config.total_steps:
-            waiting = time.perf_counter()
-            batch = next(batches)
-            timer.waited(time.perf_counter() - waiting)
-            batch = batch.to(device)
+    first_step, total, peak, warmup = step + 1, config.samples, config.lr, config.warmup_samples
+    assert total is not None
+    assert peak is not None
+    assert warmup is not None
+    writer = CheckpointWriter(
+        run, keep=config.keep_checkpoints, milestone_every=config.milestone_every, rank=world.rank,
+        world_size=world.size, nonce=world.of_first(secrets.token_hex(4)),
+    )  # fmt: skip
+    with StopSignal(among_others=world.size > 1) as stop:
+        with writer, contextlib.closing(batches), log or contextlib.nullcontext():
+            stopping = False
+            while step < config.total_steps and not stopping:
+                peers.at(step + 1, "waiting for data")
+                with rates.waiting():
+                    batch = next(batches)
+                batch = batch.to(device)
+                inputs = (batch.patches, batch.positions, batch.caption_ids)
 
-            rate = learning_rate(
-                samples_seen, peak=config.lr, warmup_samples=config.warmup_samples, total_samples=total_samples
-            )
-            optim.set_learning_rate(optimizer, rate)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                image_features, text_features, logit_scale = forward(batch.patches, batch.positions, batch.caption_ids)
-            loss = info_nce(image_features, text_features, logit_scale, batch.valid)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            model.clamp_logit_scale()
+                peers.at(step + 1, "computing", patient=step + 1 == first_step)
+                rate = learning_rate(samples_seen, peak=peak, warmup_samples=warmup, total_samples=total)
+                optim.set_learning_rate(optimizer, rate)
+                optimizer.zero_grad(set_to_none=True)
+                if config.accumulate == 1:
+                    features = encode(inputs)
+                    loss = loss_of(features, batch.valid)
+                    backward(loss, model, world)
+                else:
+                    features, loss = accumulated(
+                        encode, functools.partial(loss_of, valid=batch.valid), inputs, config.accumulate,
+                        called=called, model=model, world=world,
+                    )  # fmt: skip
+                gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+                loss, norm = over_ranks(loss, gradients, world)
+                if config.grad_clip:
+                    optim.clip_gradients(gradients, norm, config.grad_clip)
+                left_out = skips.judge(loss, norm)
+                optim.step_unless(optimizer, left_out)
+                model.clamp_logit_scale()
+                if ema is not None:
+                    ema.update(left_out)
 
-            step += 1
-            samples_seen += config.batch_size
-            ids = batch.sample_ids.numpy()
-            hashes.append(ids_hash(ids))
-            losses.append(loss.detach())
-            log.rejections(step, batch.rejected)
-            budget.add(len(ids), batch.rejected)
-            if config.ledger:
-                log.ledger(step, ids)
+                step += 1
+                samples_seen += config.batch_size
+                losses.append(loss)
+                peers.at(step, "meeting the others")
+                ids = world.rows(batch.sample_ids.numpy())
+                num_asked, num_rejected = world.totals(stop.asked, len(batch.rejected))
+                stopping = num_asked > 0
+                rejected = tuple(itertools.chain(*world.each(batch.rejected))) if num_rejected else ()
+                if log is not None:
+                    log.step(step, ids, rejected)
+                    budget.add(len(ids), rejected)
 
-            ending = stop.asked or step == config.total_steps
-            evaluating = held_out is not None and (step % config.eval_every == 0 or step == config.total_steps)
-            saving = ending or step % config.checkpoint_every == 0
-            if evaluating or saving or step % config.log_every == 0:
-                # Reading losses waits for the device, so it is done here only.
-                recent = torch.stack(losses).tolist()
-                non_finite = count_non_finite(recent, non_finite, step)
-                values: dict[str, Any] = {
-                    "step": step,
-                    "samples_seen": samples_seen,
-                    "loss": sum(recent) / len(recent),
-                    "lr": rate,
-                    "logit_scale": float(logit_scale.detach()),
-                    **timer.rates(len(recent) * config.batch_size),
-                    "rejected": log.num_rejected,
-                    "ledger": hashes,
-                }
-                if held_out is not None and evaluating:
-                    values |= zero_shot_accuracy(model, held_out)
-                log.metrics(values)
-                print(log_line(values, config.total_steps, device), flush=True)
-                hashes, losses = [], []
-                # A model that has met a loss without a number must not push a good checkpoint out.
-                if saving and not non_finite:
-                    save()
-                timer.restart()
-            # Not stop.asked: a signal that came since has no checkpoint yet, and is answered after the next step.
-            if ending and step < config.total_steps:
-                print(f"interrupted at step {step:,}; the same command goes on from {checkpoint.name_of_newest(run)}")
-                return INTERRUPTED
+                ending = stopping or step == config.total_steps
+                evaluating = config.eval_every > 0 and (step % config.eval_every == 0 or step == config.total_steps)
+                saving = ending or step % config.checkpoint_every == 0
+                logging = evaluating or saving or step % config.log_every == 0
+                # What is read from the device waits for it, so it is seldom done on a GPU.
+                if logging or device.type == "cpu" or step % NON_FINITE_LIMIT == 0:
+                    skipped, in_a_row = skips.read()
+                    if in_a_row >= NON_FINITE_LIMIT:
+                        raise AgreedError(non_finite_run(step, run, loader, ids) if world.is_first else "")
+                if logging:
+                    recent = torch.stack(losses).tolist()
+                    values: dict[str, Any] = {
+                        "step": step,
+                        "samples_seen": samples_seen,
+                        "loss": sum(recent) / len(recent),
+                        "lr": rate,
+                        "logit_scale": float(features.logit_scale.detach()),
+                        "grad_norm": float(norm),
+                        **rates.since_last(len(recent)),
+                        "skipped_steps": skipped,
+                        "rejected": 0 if log is None else log.num_rejected,
+                        "checkpoint_wait_fraction": writer.waited_s / rates.run_s,
+                    }
+                    if measure is not None and evaluating:
+                        peers.at(step, "evaluating", patient=True)
+                        values |= measure(model)
+                    if log is not None:
+                        log.metrics(values)
+                        advice.losses(step, recent)
+                        advice.data_wait(step, values["data_wait_fraction"])
+                    print(log_line(values, config.total_steps), flush=True)
+                    losses = []
+                    # Where steps go wrong one after the other, good checkpoints are not to be pushed out.
+                    if saving and (ending or not in_a_row):
+                        peers.at(step, "saving", patient=True)
+                        save()
+                    rates.restart()
+                writer.check()
+        peers.at(step, "saving", patient=True)
+        world.totals(0)  # all leave together: torchrun ends the others when one does
+    if step < config.total_steps:
+        print(f"interrupted at step {step:,}; the same command goes on from {checkpoint.name_of_newest(run)}")
+        return INTERRUPTED
     print(f"finished: {step:,} steps, {samples_seen:,} pairs; {checkpoint.name_of_newest(run)}")
     return 0
 
 
-def checkpoint_to_resume(config: Config) -> checkpoint.Checkpoint | None:
-    """Returns the checkpoint to go on from, or None for a new run. Deletes nothing.
-
-    Raises ValueError where the folder holds a run of other values, or only damaged checkpoints.
-    """
-    run = config.run_folder
-    if config.resume == "never":
+def zero_shot(config: Config, settings: Settings, world: World) -> Callable[[CLIP], dict[str, float]] | None:
+    """Returns what measures a model on --eval-data, or None where this rank does not: all ranks of a model that is
+    cut over them do, else rank 0. Raises ValueError where there are no classes."""
+    if not config.eval_data or not (world.is_first or config.shard):
         return None
-    recorded = run / "config.json"
-    if not recorded.exists():
-        if checkpoint.list_steps(run):
-            raise ValueError(f"{run} has checkpoints but no config.json; use another --out, or --resume never")
-        return None
-    try:
-        old = json.loads(recorded.read_text())
-    except ValueError:
-        raise ValueError(f"{recorded} is damaged; use another --out, or --resume never") from None
-    refuse_other_run(old, config, run)
-    last, passed_over = checkpoint.newest(run)
-    for phrase in passed_over:
-        print(f"passed over a damaged checkpoint: {phrase}", file=sys.stderr)
-    if last is None and passed_over:
-        raise ValueError(f"{run}: every checkpoint is damaged; --resume never starts anew")
-    return last
-
-
-def clear(run: Path) -> None:
-    """Deletes what an older run left in the folder; only once all that can be refused has been checked."""
-    if (run / checkpoint.FOLDER).exists():
-        shutil.rmtree(run / checkpoint.FOLDER)
-    for name in ("config.json", METRICS, REJECTED, LEDGER):
-        (run / name).unlink(missing_ok=True)
-
-
-def make_starter(config: Config) -> None:
-    """Makes the starter data, or the rest of it, where a run asks for it."""
-    folder = Path(STARTER).parent
-    if STARTER in config.sources[0] and finished(folder) is None:
-        print(f"--data {STARTER} is not there yet: making the starter (once, about a minute)", flush=True)
-        make(load(Path(__file__).parent / "datasets" / "emoji.toml"), folder, os.cpu_count() or 1)
-
-
-def describe(config: Config, model: CLIP, index: Index, order: Order | Mixture) -> None:
-    """Prints every value that follows from others."""
-    geometry, count = config.geometry, model.num_parameters()
-    image, text = gflops_per_pair(model.config, config.tokens, config.text_tokens)
-    rows, columns = geometry.grid
-    print(f"run       {config.run_folder}")
-    print(
-        f"image     {config.tokens} of {rows * columns} tokens by {config.image_reduction}: {geometry.image_size} px, "
-        f"grid {rows} x {columns}, patch {geometry.patch}"
-    )
-    print(f"text      {config.text_tokens} tokens by {config.text_reduction}")
-    print(
-        f"model     {config.model}: {count['total'] / 1e6:.2f} M parameters "
-        f"(image {count['image'] / 1e6:.2f}, text {count['text'] / 1e6:.2f})"
-    )
-    print(f"compute   {3 * (image + text):.3f} GFLOPs a pair and step (forward: image {image:.3f}, text {text:.3f})")
-    left_out = "".join(f", {count:,} {reason}" for reason, count in index.rejected.items())
-    print(f"data      {index.num_usable:,} pairs in {len(index.shards)} shards{left_out}")
-    for line in length_lines(config, index, order):
-        print(line)
-    for shard in index.shards:
-        if shard.problem:
-            print(f"          {shard.path}: {shard.problem}; {shard.usable:,} samples before that are used")
-    on_gpu = config.decoder == "dali" and config.device == "cuda"
-    by_tower = ", ".join(f"{backend} ({tower})" for tower, backend in attention_backends(config).items())
-    print(
-        f"device    {config.device}, {config.precision}; decoder {config.decoder} on the {'GPU' if on_gpu else 'CPU'}; "
-        f"attention {by_tower}; {torch.get_num_threads()} threads",
-        flush=True,
-    )
-
-
-def length_lines(config: Config, index: Index, order: Order | Mixture) -> list[str]:
-    """How long the run is, and how often it goes through each source."""
-    total = config.total_steps * config.batch_size
-    pairs = [int(sizes.sum()) for sizes in by_source(index.shard_sizes, index.source_shards)]
-    if isinstance(order, Mixture):
-        by, length = "weight", "shares by weight"
-        seen: list[float] = [*order.samples_by_source(config.total_steps)]
-        left_out = [f", {source.left_out} pairs of each left out by the lanes" for source in order.sources]
-        end = ""
-    else:
-        by, length = "size", f"{total / order.num_samples:.1f} epochs"
-        seen, left_out = [total * own / index.num_usable for own in pairs], [""] * len(pairs)
-        end = f", {order.left_out} pairs of each left out by them"
-    lines = [
-        f"source    {source}: {own:,} pairs in {shards:,} shards; {samples / total:.3%} of the run by {by}, "
-        f"{samples / own:.1f} epochs{rest}"
-        for source, own, shards, samples, rest in zip(
-            config.sources[0], pairs, index.source_shards, seen, left_out, strict=True
-        )
-    ]
-    return [
-        *(lines if len(lines) > 1 else []),
-        f"length    {config.total_steps:,} steps of {config.batch_size:,} pairs: {length}"
-        f"{', resampled' if config.resampled else ''} in {order.lanes} lanes{end}",
-    ]
-
-
-def log_line(values: dict[str, Any], total_steps: int, device: torch.device) -> str:
-    """One plain line that survives a log file."""
-    left = (total_steps - values["step"]) * values["samples_seen"] / values["step"] / values["images_per_s"]
-    parts = [
-        f"step {values['step']}/{total_steps}",
-        f"loss {values['loss']:.3f}",
-        f"scale {values['logit_scale']:.1f}",
-        f"{values['images_per_s']:,.0f} img/s",
-        f"wait {values['data_wait_fraction']:.1%}",
-        f"eta {left / 60:.0f}m" if left >= 60 else f"eta {left:.0f}s",
-    ]
-    if device.type == "cuda":
-        parts.insert(5, f"mem {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    if values["rejected"]:
-        parts.append(f"bad samples {values['rejected']}")
-    if "zero_shot_top1" in values:
-        parts.append(f"zero-shot {values['zero_shot_top1']:.1%}")
-    return "  ".join(parts)
-
-
-def count_non_finite(losses: list[float], before: int, step: int) -> int:
-    """Returns how many of the newest losses in a row are not finite. Raises ValueError when they are too many."""
-    for loss in losses:
-        before = 0 if math.isfinite(loss) else before + 1
-    if before >= NON_FINITE_LIMIT:
-        raise ValueError(
-            f"the loss was not finite for {before} steps up to step {step}; "
-            "no checkpoint holds them: train again with a lower --lr in a new --out"
-        )
-    return before
-
-
-class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a question the loop asks between steps; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            os._exit(INTERRUPTED)
-        self.asked = True
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, b"stopping after this step; once more to stop at once\n")
+    held_out = ShardSet(local_folder("--eval-data", config.eval_data), settings)
+    if not held_out.names:
+        raise ValueError(f"--eval-data {config.eval_data} has no {CLASS_NAMES_FILE}; give a shard set with classes")
+    return functools.partial(zero_shot_accuracy, shards=held_out)
 
 
 if __name__ == "__main__":

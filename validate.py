@@ -1,124 +1,71 @@
-"""Measures a trained run on shards: `python validate.py runs/demo --data data/emoji/zero_shot`.
+"""Measures a trained run on held-out data: `python validate.py runs/demo --data data/emoji/zero_shot`.
 
-Zero-shot classification where the folder has a classnames.txt, image-text retrieval where it has none. Prints a table
-and, as the last line, one JSON object.
+Zero-shot classification where the data have classes, image-text retrieval where they have captions. Shards, webdataset
+folders of clip_benchmark, a folder for each class (ImageNet and its relatives), COCO and Flickr30k by Karpathy's JSON.
+Prints a table and, as the last line, one JSON object.
 """
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
 import tyro
 
-from evaluation.classes import CLASS_NAMES_FILE, prompts, read_classes
 from evaluation.report import MAX_PICTURES, Sheet, draw, format_table
 from evaluation.retrieval import recall
-from evaluation.zero_shot import best_names, class_weights, nearest_neighbour_baseline, top_k
+from evaluation.zero_shot import best_names, nearest_neighbour_baseline
 from model.clip import CLIP
 from model.presets import from_json
-from pipeline.index import open_index
-from pipeline.loader import EVALUATION_BATCH_SIZE, Loader, Settings
-from pipeline.sources import is_remote
+from pipeline.loader import Settings
+from pipeline.stills import MISSING, Interpolation, Preprocess, Resize
 from pipeline.tokens import token_geometry
 from training import checkpoint
 from training.config import resolved_device
+from training.held_out import Faults, HeldOut, ImageFeatures, ShardSet, local_folder, zero_shot_accuracy
+from training.layouts import Layout, Source, open_held_out
+
+__all__ = ["ShardSet", "Validate", "local_folder", "main", "validate", "zero_shot_accuracy"]
+
+_NAMED = 10
+"""Of the pictures that could not be read, so many are named."""
 
 
 @dataclass(frozen=True)
 class Validate:
-    """Measure a run on a shard set: zero-shot where it has classes, retrieval where it has not."""
+    """Measure a run on held-out data: zero-shot where it has classes, retrieval where it has captions."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run folder, such as runs/demo."""
     data: str
-    """A folder of shards that was held out of training."""
+    """A folder that was held out of training: of shards, of SPLIT/*.tar, of class folders, or of pictures."""
+    captions: Path | None = None
+    """Karpathy's JSON with the captions of the pictures in --data, such as dataset_coco.json."""
+    split: str | None = None
+    """Which split of it, or which folder of tars; by default test."""
+    classes: Path | None = None
+    """A JSON file {"names": [...], "templates": [...]}; "names" may be an object from folder to name. By default what
+    lies beside the data, for ImageNet and its relatives what an installed open_clip or clip_benchmark holds."""
+    wnids: Path | None = None
+    """The wnids of --classes' names in order, one a line; by default those of an installed timm or clip_benchmark."""
+    layout: Layout = "auto"
+    resize: Resize | None = None
+    """How a picture becomes a square: both sides to its side (by default), or the shorter side and then the middle."""
+    interpolation: Interpolation | None = None
+    """By default bilinear. With this or --resize, shards too are read by Pillow, not by --decoder."""
     baseline: str | None = None
     """The shards that were trained on: also measure the nearest training picture by pixels, to compare with."""
     report: Path | None = None
     """Draw the run's curves and a sheet of pictures with the model's best names, as this PNG."""
     decoder: Literal["dali", "turbo"] = "turbo"
+    """Of shards; all else is read by Pillow."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     vocabulary: Path | None = None
     """The tokenizer's vocabulary file; by default the one trained with, or that of an installed package."""
-
-
-class ShardSet:
-    """A held-out shard set, decoded for one geometry: whole images, squeezed to the square; first captions."""
-
-    def __init__(self, folder: Path, settings: Settings) -> None:
-        """Raises ValueError, in one line, for a folder without usable shards or with a class list that does not fit."""
-        self.folder = folder
-        index = open_index([folder])
-        self.loader = Loader(index, None, settings)
-        self.sample_ids = index.usable_ids()
-        self.names: list[str] = []
-        self.templates: list[str] = []
-        self.labels = index.usable_class_ids()
-        if (folder / CLASS_NAMES_FILE).is_file():
-            self.names, self.templates = read_classes(folder)
-            if not -1 < self.labels.max() < len(self.names):
-                found = f"class {self.labels.max()}" if self.labels.max() >= 0 else "no sample with a class (KEY.cls)"
-                raise ValueError(
-                    f"{folder}: {CLASS_NAMES_FILE} names {len(self.names)} classes, the shards have {found}"
-                )
-
-    def image_features(self, model: CLIP) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
-        """Returns image features [N, E], and which samples could be decoded [N]."""
-        device = model.logit_scale.device
-        images: list[torch.Tensor] = []
-        valid: list[torch.Tensor] = []
-        with evaluating(model):
-            for batch in self.loader.evaluation_batches(self.sample_ids):
-                valid.append(batch.valid)
-                images.append(model.encode_image(batch.patches.to(device), batch.positions.to(device)).cpu())
-        return torch.cat(images), torch.cat(valid).numpy()
-
-    def captions(self) -> list[bytes]:
-        """Returns the first caption of each sample; empty where it cannot be read."""
-        reader = self.loader.reader
-        texts = reader.captions(reader.locate_ids(self.sample_ids), np.zeros(len(self.sample_ids), np.int64))
-        return [text if isinstance(text, bytes) else b"" for text in texts]
-
-    def text_features(self, model: CLIP, captions: Sequence[bytes]) -> torch.Tensor:
-        """Returns the features of captions, float32 [len(captions), E]."""
-        ids = torch.from_numpy(self.loader.encoder.encode(captions))
-        device = model.logit_scale.device
-        with evaluating(model):
-            return torch.cat([model.encode_text(part.to(device)).cpu() for part in ids.split(EVALUATION_BATCH_SIZE)])
-
-    def class_features(self, model: CLIP) -> torch.Tensor:
-        """Returns the classes' vectors, float32 [C, E], from the prompts that the folder gives."""
-        texts = [text.encode() for text in prompts(self.names, self.templates)]
-        return class_weights(self.text_features(model, texts), len(self.names))
-
-    def pixels(self, sample_ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-        """Returns what the encoder sees of samples, flattened, uint8 [N, D]; and which could be decoded [N]."""
-        batches = list(self.loader.evaluation_batches(sample_ids))
-        pixels = np.concatenate([batch.patches.flatten(1).numpy() for batch in batches])
-        return pixels, np.concatenate([batch.valid.numpy() for batch in batches])
-
-
-class evaluating:
-    """A model in evaluation mode without gradients, put back as it was."""
-
-    def __init__(self, model: CLIP) -> None:
-        self._model, self._was_training = model, model.training
-        self._no_grad = torch.inference_mode()
-
-    def __enter__(self) -> None:
-        self._model.eval()
-        self._no_grad.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._no_grad.__exit__(*error)
-        self._model.train(self._was_training)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -137,58 +84,95 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def validate(config: Validate) -> dict[str, Any]:
-    """Measures what the data allows, prints the table and returns the numbers."""
+    """Measures what the data allow, prints the table and returns the numbers."""
     data = local_folder("--data", config.data)
     baseline = None if config.baseline is None else local_folder("--baseline", config.baseline)
     model, settings, step = load_run(config.run, config)
-    shards = ShardSet(data, settings)
-    if not shards.names and (baseline or config.report):
-        raise ValueError(f"--baseline and --report need classes, and {config.data} has no {CLASS_NAMES_FILE}")
-    images, valid = shards.image_features(model)
-    results: dict[str, Any] = {"run": str(config.run), "data": config.data, "step": step}
-    results |= {"num_images": int(valid.sum()), "num_bad": int((~valid).sum())}
-    rows: list[tuple[str, str]] = []
-    if shards.names:
-        classes = shards.class_features(model)
-        results |= _zero_shot(shards, images, classes, valid)
-        if baseline:
-            results["pixel_baseline_top1"] = pixel_baseline(shards, baseline, settings)
-        labels = {
-            "zero_shot_top1": "zero-shot top-1",
-            "zero_shot_top5": "zero-shot top-5",
-            "chance": "chance, top-1",
-            "pixel_baseline_top1": "nearest training picture by pixels, top-1",
-        }
-        rows += [(label, _percent(results[key])) for key, label in labels.items() if key in results]
-        if config.report:
-            draw(config.run, config.report, sheet(shards, model, images, classes, valid, results))
-            results["report"] = str(config.report)
+    source = Source(
+        data, config.layout, config.captions, config.split, config.classes, config.wnids, _preprocess(config)
+    )
+    held_out, remarks = open_held_out(source, settings)
+    for remark in remarks:
+        print(f"{config.data}: {remark}", file=sys.stderr)
+    if not held_out.names and (baseline or config.report):
+        raise ValueError(f"--baseline and --report need classes, and {config.data} has none")
+    images = held_out.image_features(model)
+    name_faults(images.faults)
+    if not images.valid.any():
+        raise ValueError(f"{config.data}: none of its {len(images.valid):,} pictures could be read")
+    results: dict[str, Any] = {"run": str(config.run), "data": config.data, "step": step, "layout": held_out.layout}
+    results |= {"preprocessing": held_out.preprocessing(model), **_counts(held_out, images)}
+    if held_out.names:
+        rows = _zero_shot(config, model, held_out, images, baseline, results)
     else:
-        keep = torch.from_numpy(valid)
-        texts = shards.text_features(model, shards.captions())
-        results |= recall(images[keep], texts[keep], np.arange(int(valid.sum())))
-        sides = {"retrieval_image_r": "image for a caption, R@", "retrieval_text_r": "caption for an image, R@"}
-        for start, label in sides.items():
-            found = {key: value for key, value in results.items() if key.startswith(start)}
-            rows += [(label + key.removeprefix(start), _percent(value)) for key, value in found.items()]
-        rows.append(("chance, R@1", _percent(1 / results["num_images"])))
+        rows = _retrieval(model, held_out, images, results)
     print(f"{config.run} at step {step:,} on {config.data}: {results['num_images']:,} pictures")
     print(format_table(("measure", "value"), rows))
     return results
 
 
-def local_folder(flag: str, source: str) -> Path:
-    """Returns the folder that a flag names. Raises ValueError for a URL: its classes would not be found."""
-    if is_remote(source):
-        raise ValueError(f"{flag} {source} is a URL; copy the shards and their {CLASS_NAMES_FILE} to a folder first")
-    return Path(source)
+def name_faults(faults: Faults) -> None:
+    """Says on stderr which pictures could not be read, the first of them by name."""
+    for name, reason in faults[:_NAMED]:
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    if len(faults) > _NAMED:
+        print(f"left out: {len(faults) - _NAMED:,} more", file=sys.stderr)
 
 
-def zero_shot_accuracy(model: CLIP, shards: ShardSet) -> dict[str, float]:
-    """Returns zero_shot_top1 and zero_shot_top5 of a model on a shard set with classes."""
-    images, valid = shards.image_features(model)
-    found = _zero_shot(shards, images, shards.class_features(model), valid)
-    return {name: found[name] for name in ("zero_shot_top1", "zero_shot_top5")}
+def _counts(held_out: HeldOut, images: ImageFeatures) -> dict[str, Any]:
+    counts: dict[str, Any] = {"num_images": int(images.valid.sum()), "num_bad": len(images.faults)}
+    if isinstance(held_out, ShardSet):
+        return counts | {"num_rejected": held_out.num_rejected}
+    return counts | {
+        "num_missing": sum(reason == MISSING for _, reason in images.faults),
+        "bad": [f"{name}: {reason}" for name, reason in images.faults[:_NAMED]],
+    }
+
+
+def _zero_shot(
+    config: Validate, model: CLIP, held_out: HeldOut, images: ImageFeatures, baseline: Path | None,
+    results: dict[str, Any],
+) -> list[tuple[str, str]]:  # fmt: skip
+    """Adds what classes allow to the results; returns the rows of the table."""
+    num_classes = len(held_out.names)
+    classes = held_out.class_features(model)
+    results |= {**held_out.zero_shot(images, classes), "num_classes": num_classes, "chance": 1 / num_classes}
+    results |= {"class_source": held_out.class_source, "num_templates": len(held_out.templates)}
+    if baseline:
+        results["pixel_baseline_top1"] = pixel_baseline(held_out, baseline)
+    labels = {
+        "zero_shot_top1": "zero-shot top-1",
+        "zero_shot_top5": "zero-shot top-5",
+        "chance": "chance, top-1",
+        "pixel_baseline_top1": "nearest training picture by pixels, top-1",
+    }
+    if config.report:
+        draw(config.run, config.report, sheet(held_out, model, images, classes, results))
+        results["report"] = str(config.report)
+    return [(label, _percent(results[key])) for key, label in labels.items() if key in results]
+
+
+def _retrieval(model: CLIP, held_out: HeldOut, images: ImageFeatures, results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Adds what captions allow to the results; returns the table's rows. A bad picture takes its captions along."""
+    captions, owners = held_out.captions()
+    kept = images.valid[owners]
+    texts = held_out.text_features(model, [captions[row] for row in np.flatnonzero(kept)])
+    place = np.cumsum(images.valid) - 1
+    results["num_captions"] = int(kept.sum())
+    results |= recall(images.features[torch.from_numpy(images.valid)], texts, place[owners[kept]])
+    rows: list[tuple[str, str]] = []
+    sides = {"retrieval_image_r": "image for a caption, R@", "retrieval_text_r": "caption for an image, R@"}
+    for start, label in sides.items():
+        found = {key: value for key, value in results.items() if key.startswith(start)}
+        rows += [(label + key.removeprefix(start), _percent(value)) for key, value in found.items()]
+    return [*rows, ("chance, image R@1", _percent(1 / results["num_images"]))]
+
+
+def _preprocess(config: Validate) -> Preprocess | None:
+    """What the flags say; None where they say nothing, so that each layout does as it does."""
+    if config.resize is None and config.interpolation is None:
+        return None
+    return Preprocess(config.resize or Preprocess.resize, config.interpolation or Preprocess.interpolation)
 
 
 def load_run(run: Path, config: Validate) -> tuple[CLIP, Settings, int]:
@@ -212,8 +196,10 @@ def load_run(run: Path, config: Validate) -> tuple[CLIP, Settings, int]:
         image_size=recorded["image_size"],
         patch=encoders.image.patch,
     )
-    model = CLIP(encoders, grid=geometry.grid, text_tokens=recorded["text_tokens"])
-    model.load_state_dict(last.model_tensors())
+    state = last.model_tensors()
+    bias = float(state["logit_bias"]) if "logit_bias" in state else None
+    model = CLIP(encoders, grid=geometry.grid, text_tokens=recorded["text_tokens"], logit_bias=bias)
+    model.load_state_dict(state)
     settings = Settings(
         geometry,
         recorded["text_tokens"],
@@ -230,18 +216,20 @@ def _recorded_vocabulary(recorded: dict[str, Any]) -> Path | None:
     return Path(name) if name is not None and Path(name).is_file() else None
 
 
-def pixel_baseline(shards: ShardSet, train_folder: Path, settings: Settings) -> float:
+def pixel_baseline(held_out: HeldOut, train_folder: Path) -> float:
     """Returns the top-1 of naming each picture after the nearest training picture, as the encoder sees both.
 
     Training pictures are those whose caption is a class name. Raises ValueError where there are none.
     """
-    train = ShardSet(train_folder, settings)
-    class_of = {name.encode(): i for i, name in enumerate(shards.names)}
-    train_labels = np.array([class_of.get(caption, -1) for caption in train.captions()])
+    if not isinstance(held_out, ShardSet) or held_out.preprocess is not None:
+        raise ValueError(f"--baseline {train_folder} needs --data of shards, without --resize and --interpolation")
+    train = ShardSet(train_folder, held_out.settings)
+    class_of = {name.encode(): i for i, name in enumerate(held_out.names)}
+    train_labels = np.array([class_of.get(caption, -1) for caption in train.captions()[0]])
     if (train_labels < 0).all():
         raise ValueError(f"--baseline {train_folder}: no caption there is one of the {len(class_of):,} class names")
     pictures: list[npt.NDArray[Any]] = []
-    for side, labels in ((train, train_labels), (shards, shards.labels)):
+    for side, labels in ((train, train_labels), (held_out, held_out.labels)):
         labelled = np.flatnonzero(labels >= 0)
         pixels, valid = side.pixels(side.sample_ids[labelled])
         pictures += [pixels[valid], labels[labelled[valid]]]
@@ -249,46 +237,23 @@ def pixel_baseline(shards: ShardSet, train_folder: Path, settings: Settings) -> 
 
 
 def sheet(
-    shards: ShardSet,
-    model: CLIP,
-    images: torch.Tensor,
-    classes: torch.Tensor,
-    valid: npt.NDArray[np.bool_],
-    results: dict[str, Any],
+    held_out: HeldOut, model: CLIP, images: ImageFeatures, classes: torch.Tensor, results: dict[str, Any]
 ) -> Sheet:
     """Returns what the report draws: pictures spread over the set, with the model's three best names for each."""
-    able = np.flatnonzero(valid & (shards.labels >= 0))
+    able = np.flatnonzero(images.valid & (held_out.labels >= 0))
     chosen = np.random.default_rng(0).permutation(able)[:MAX_PICTURES]
-    found = best_names(
-        images[torch.from_numpy(chosen)], classes, shards.names, 3, logit_scale=float(model.logit_scale.detach().exp())
-    )
-    reader = shards.loader.reader
-    jpegs = [jpeg for jpeg in reader.images(reader.locate_ids(shards.sample_ids[chosen])) if isinstance(jpeg, bytes)]
-    assert len(jpegs) == len(chosen), "a picture that was decoded a moment ago is gone"
+    scale = float(model.logit_scale.detach().exp())
+    found = best_names(images.features[torch.from_numpy(chosen)], classes, held_out.names, 3, logit_scale=scale)
     return Sheet(
         zero_shot_top1=results["zero_shot_top1"],
         num_images=len(able),
-        num_classes=len(shards.names),
-        pictures=[_picture(jpeg) for jpeg in jpegs],
-        true_names=[shards.names[label] for label in shards.labels[chosen]],
+        num_classes=len(held_out.names),
+        pictures=held_out.whole_pictures(chosen.tolist()),
+        true_names=[held_out.names[label] for label in held_out.labels[chosen]],
         best_names=[[name for name, _ in best] for best in found],
         scores=[[score for _, score in best] for best in found],
         pixel_baseline=results.get("pixel_baseline_top1"),
     )
-
-
-def _zero_shot(
-    shards: ShardSet, images: torch.Tensor, classes: torch.Tensor, valid: npt.NDArray[np.bool_]
-) -> dict[str, Any]:
-    able = valid & (shards.labels >= 0)
-    found = top_k(images[torch.from_numpy(able)], classes, shards.labels[able])
-    return {**found, "num_classes": len(shards.names), "chance": 1 / len(shards.names)}
-
-
-def _picture(jpeg: bytes) -> npt.NDArray[np.uint8]:
-    pixels = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-    assert pixels is not None
-    return np.asarray(pixels, np.uint8)
 
 
 def _percent(share: float) -> str:

@@ -3,6 +3,7 @@
 And the baseline that says whether the task needed a model at all: the label of the nearest training picture, in pixels.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,6 +35,7 @@ def top_k(
     labels: Ids,
     ks: Sequence[int] = (1, 5),
     *,
+    names: Sequence[str] | None = None,
     batch_size: int = 1024,
 ) -> dict[str, float]:
     """Returns the share of images whose class is among the k best, as zero_shot_top1, zero_shot_top5, ...
@@ -41,6 +43,8 @@ def top_k(
     An image's rank is the number of other classes with a score not below its own class's, so a tie counts as wrong:
     two classes that the model cannot tell apart are both missed at k = 1 (see `ranks.ranks`).
     image_features: [N, E]; class_features: [C, E], of any length; labels: N class ids. Any batch_size gives the same.
+    names: C, where classes may share one, as `missile` and `sunglasses` are two classes each in ImageNet's usual list.
+    No model can tell those apart, and an argmax takes the first: so does this.
     """
     label_ids, num_classes = to_ids(labels), len(class_features)
     assert len(label_ids) == len(image_features), f"{len(label_ids)} labels for {len(image_features)} images"
@@ -52,7 +56,19 @@ def top_k(
             "classnames.txt must be the one that the shards' cls were made with"
         )
     found = ranks(image_features, label_ids, class_features, np.arange(num_classes), batch_size)
+    if names is not None:
+        found -= _later_namesakes(names)[label_ids]
     return hit_rates(found, ks, "zero_shot_top")
+
+
+def _later_namesakes(names: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Returns how many classes after each one have its name, int64 [C]."""
+    seen: Counter[str] = Counter()
+    later = np.zeros(len(names), np.int64)
+    for i in reversed(range(len(names))):
+        later[i] = seen[names[i]]
+        seen[names[i]] += 1
+    return later
 
 
 def best_names(

@@ -103,6 +103,8 @@ class ModelConfig:
     decayed: Decayed = "kernels"
     """What weight decay acts on. `kernels`: the weights of linear layers. `matrices`: all that has two dimensions, so
     also the token embedding and learned positions."""
+    adam_eps: float = 1e-8
+    """Epsilon of AdamW."""
 
     def __post_init__(self) -> None:
         _check_choices("model", self)
@@ -110,6 +112,8 @@ class ModelConfig:
             raise ValueError(f"model embed_dim {self.embed_dim} is below 1")
         if self.max_logit_scale is not None and self.max_logit_scale <= 1:
             raise ValueError(f"model max_logit_scale {self.max_logit_scale} is not above 1")
+        if self.adam_eps <= 0:
+            raise ValueError(f"model adam_eps {self.adam_eps} is not above 0")
         if len(self.pixel_mean) != 3 or len(self.pixel_std) != 3 or min(self.pixel_std) <= 0:
             raise ValueError(
                 f"model pixel_mean {self.pixel_mean} and pixel_std {self.pixel_std} need 3 values each, std above 0"
@@ -140,6 +144,15 @@ _WORDPIECE = (
         ImageConfig(width=128, layers=2, heads=2, mlp_width=512, patch=16, pooling="class"),
         TextConfig(width=128, layers=1, heads=2, mlp_width=512),
         embed_dim=128,
+    ),
+    *(
+        ModelConfig(  # ours, for sweeps on a CPU
+            f"ViT-{width}x6-16",
+            ImageConfig(width=width, layers=6, heads=width // 32, mlp_width=4 * width, patch=16, pooling="class"),
+            TextConfig(width=width, layers=2, heads=width // 32, mlp_width=4 * width),
+            embed_dim=width,
+        )
+        for width in (96, 192, 384)
     ),
     ModelConfig(
         "ViT-S-16",
@@ -212,6 +225,7 @@ def _bpe(config: ModelConfig) -> ModelConfig:
         pixel_std=OPENAI_STD,
         max_logit_scale=100.0,
         decayed="matrices",
+        adam_eps=1e-6,
     )
 
 

@@ -231,3 +231,21 @@ def test_malformed_classes_name_the_file_and_the_fix(
     with pytest.raises(ValueError, match=message) as caught:
         read_classes(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_classes_of_one_name_the_first_counts(seed: int) -> None:
+    names = list("abcadeaf")  # three classes are a; all of a name have one vector, as prompts make them
+    vectors = {name: features(seed + ord(name), 1)[0] for name in set(names)}
+    classes, images = torch.stack([vectors[name] for name in names]), features(seed, 60)
+    labels = np.random.default_rng(seed).integers(len(names), size=60)
+    logits = images.double() @ normalized(classes).T
+    order = np.argsort(-logits.numpy(), axis=1, kind="stable")
+    found = top_k(images, classes, labels, ks=(1, 2, 5), names=names)
+    expected = {k: np.mean([label in row[:k] for label, row in zip(labels, order, strict=True)]) for k in (1, 2, 5)}
+    assert found == {f"zero_shot_top{k}": pytest.approx(value) for k, value in expected.items()}
+    assert top_k(images, classes, labels, names=[*map(str, range(8))]) == top_k(images, classes, labels)
+
+
+def normalized(vectors: torch.Tensor) -> torch.Tensor:
+    return vectors.double() / vectors.double().norm(dim=1, keepdim=True)

@@ -54,6 +54,11 @@ def test_loss_falls_and_the_folder_is_what_the_contract_says(finished: Path) -> 
     rows = read_jsonl(finished / "metrics.jsonl")
     assert [row["step"] for row in rows] == [2, 3, 4, 6, 8]
     assert {"step", "samples_seen", "loss", "images_per_s", "data_wait_fraction"} <= rows[0].keys()
+    assert {"tokens_per_s", "mfu", "memory_gib", "grad_norm", "skipped_steps", "checkpoint_wait_fraction"} <= rows[
+        0
+    ].keys()
+    assert all(row["tokens_per_s"] == pytest.approx(10 * row["images_per_s"]) for row in rows)
+    assert all(0 < row["mfu"] < 1.2 and 0 <= row["checkpoint_wait_fraction"] < 1 for row in rows)
     assert rows[-1]["samples_seen"] == 8 * 32
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert len(ledger(finished)) == 8
@@ -253,6 +258,13 @@ def test_zero_shot_during_training_and_in_validation_agree(
         (("--samples", "1000"), "both --steps and --samples"),
         (("--text-tokens", "1"), "--text-tokens 1 is below 2"),
         (("--lr", "7"), "--lr 7"),
+        (("--lr", "1e-3", "--base-lr", "1e-5"), "both --lr 0.001 and --base-lr 1e-05 are given"),
+        (("--base-lr", "9"), "--base-lr 9 comes to --lr 1.125, which is outside 0 to 1"),
+        (("--ema", "1"), "--ema 1.0 is outside 0 to 1"),
+        (("--accumulate", "5"), "--accumulate 5 does not divide the 32 pairs of a batch"),
+        (("--milestone-every", "4"), "--milestone-every 4 is not a multiple of --checkpoint-every 3"),
+        (("--peer-timeout", "1"), "--peer-timeout 1.0 is below 5"),
+        (("--stage", "one"), "--stage one: there are no stages without a --preset"),
         (("--crop-area", "0.9", "0.4"), "crop area 0.9 0.4"),
         (("--eval-every", "5"), "--eval-data and --eval-every go together"),
         (("--data", "/nowhere"), "--data /nowhere: no such folder"),
@@ -319,7 +331,66 @@ def test_shipped_presets_parse() -> None:
     presets = sorted((ROOT / "training" / "presets").glob("*.toml"))
     assert presets
     for preset in presets:
-        assert parse(["--preset", str(preset)], "").preset == preset
+        assert all(config.preset == preset for config in parse(["--preset", str(preset)], ""))
+
+
+def test_stages_train_in_turn_each_from_the_one_before(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preset = tmp_path / "two.toml"
+    preset.write_text(
+        'model = "ViT-Ti-16"\ntokens = 4\n[stages.small]\nsteps = 3\n[stages.large]\ntokens = 16\nsteps = 2\n'
+    )
+    common = (
+        "--preset",
+        str(preset),
+        "--data",
+        str(shards),
+        "--batch-size",
+        "32",
+        "--text-tokens",
+        "6",
+        "--device",
+        "cpu",
+    )
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train.main([*common, "--out", str(whole), "--base-lr", "8e-3"]) == 0
+    assert "stage     large, 2 of 2" in capsys.readouterr().out
+    configs = {name: json.loads((whole / name / "config.json").read_text()) for name in ("small", "large")}
+    assert [(config["tokens"], config["steps"], config["lr"]) for config in configs.values()] == [
+        (4, 3, 1e-3),
+        (16, 2, 1e-3),
+    ]
+    assert configs["large"]["init"] == str(whole / "small")
+    # A stage alone, and then the command without --stage, which finds that one finished.
+    assert train.main([*common, "--out", str(parts), "--base-lr", "8e-3", "--stage", "large"]) == 2
+    assert f"--init {parts / 'small'}: no such file" in capsys.readouterr().err
+    assert train.main([*common, "--out", str(parts), "--base-lr", "8e-3", "--stage", "small"]) == 0
+    assert not (parts / "large" / "config.json").exists()
+    assert train.main([*common, "--out", str(parts), "--base-lr", "8e-3"]) == 0
+    assert f"{parts / 'small'} is finished" in capsys.readouterr().out
+    assert same_weights(parts / "large", whole / "large")
+    state = weights(whole / "large")
+    assert state["text.positions_LD"].shape[0] == 6
+
+
+def test_milestones_stay(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = ("--checkpoint-every", "1", "--milestone-every", "2", "--keep-checkpoints", "1")
+    assert train.main(arguments(shards, run, 5, *more)) == 0
+    assert [path.name for path in checkpoint.list_steps(run)] == ["step-00000002", "step-00000004", "step-00000005"]
+
+
+@pytest.mark.parametrize(
+    "more", [("--accumulate", "4", "--grad-checkpointing"), ("--tiled-loss", "on"), ("--workers", "1")]
+)
+def test_how_the_work_is_laid_out_changes_no_loss(
+    finished: Path, shards: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    run = tmp_path / "run"
+    assert train.main([*arguments(shards, run, 3), "--steps", "8", *more]) == 0
+    found, plain = ([row["loss"] for row in read_jsonl(each / "metrics.jsonl")] for each in (run, finished))
+    assert found == pytest.approx(plain, rel=1e-4)
 
 
 def test_a_damaged_image_is_skipped_and_named_once(shards: Path, tmp_path: Path) -> None:

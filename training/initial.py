@@ -35,6 +35,7 @@ def starting_encoders(config: Config) -> tuple[ModelConfig, dict[str, torch.Tens
         text_tokens=config.text_tokens,
         positions=config.image_positions,
         on_resize=config.on_resize,
+        logit_bias=config.logit_bias,
     )
     print(f"init      {config.init}: {'; '.join(phrases)}")
     return encoders, state

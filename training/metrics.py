@@ -6,7 +6,6 @@ On resume every file is cut back to the checkpoint, so that a log never tells of
 import hashlib
 import json
 import math
-import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,15 +17,21 @@ import numpy.typing as npt
 from pipeline.batch import Rejection
 from pipeline.files import write_text
 
+from .reporters import Reporters
+
 METRICS, REJECTED, LEDGER = "metrics.jsonl", "rejected.jsonl", "ledger.jsonl"
 
 
 class RunLog:
-    """Appends to the three files of a run; every line is whole when written."""
+    """Appends to the files of a run; every line is whole when written. Rank 0 has it, for all ranks."""
 
-    def __init__(self, run: Path, step: int) -> None:
-        """Opens the logs of a run that has done `step` steps, dropping lines of later ones."""
-        self.run = run
+    def __init__(self, run: Path, step: int, *, with_ids: bool = False, reporters: Reporters | None = None) -> None:
+        """Opens the logs of a run that has done `step` steps, dropping lines of later ones.
+
+        with_ids: write every step's sample ids, beside their hash. reporters: who gets the metrics too.
+        """
+        self.run, self._with_ids, self._reporters = run, with_ids, reporters
+        self._hashes: list[str] = []
         for name in (METRICS, REJECTED, LEDGER):
             _cut_back(run / name, step)
         self._reported: set[int] = {entry["sample_id"] for entry in read_jsonl(run / REJECTED)}
@@ -37,13 +42,27 @@ class RunLog:
         return len(self._reported)
 
     def metrics(self, values: Mapping[str, Any]) -> None:
-        self._append(METRICS, values)
+        """Writes a logged step's values, with the hashes of the steps since the last one."""
+        self._append(METRICS, {**values, "ledger": self._hashes})
+        self._hashes = []
+        if self._reporters is not None:
+            self._reporters.log(values, values["step"])
 
-    def ledger(self, step: int, sample_ids: npt.NDArray[np.int64]) -> None:
-        self._append(LEDGER, {"step": step, "sample_ids": sample_ids.tolist()})
+    def __enter__(self) -> "RunLog":
+        return self
 
-    def rejections(self, step: int, rejected: Iterable[Rejection]) -> None:
-        """Writes the bad samples of a step that were not written before."""
+    def __exit__(self, *error: object) -> None:
+        if self._reporters is not None:
+            self._reporters.close()
+
+    def step(self, step: int, sample_ids: npt.NDArray[np.int64], rejected: Iterable[Rejection]) -> None:
+        """Takes in a step's global batch: its sample ids, and those of its samples that are bad.
+
+        Writes the bad ones that were not written before.
+        """
+        self._hashes.append(ids_hash(sample_ids))
+        if self._with_ids:
+            self._append(LEDGER, {"step": step, "sample_ids": sample_ids.tolist()})
         for rejection in rejected:
             if rejection.sample_id not in self._reported:
                 self._reported.add(rejection.sample_id)
@@ -56,25 +75,6 @@ class RunLog:
             finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                       for key, value in values.items()}  # fmt: skip
             file.write(json.dumps(finite, ensure_ascii=False) + "\n")
-
-
-class StepTimer:
-    """Adds up what the steps between two log lines took: the wait for data, and everything."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self._begin = time.perf_counter()
-        self._waited = 0.0
-
-    def waited(self, seconds: float) -> None:
-        self._waited += seconds
-
-    def rates(self, samples: int) -> dict[str, float]:
-        """Returns images_per_s and data_wait_fraction since the last restart."""
-        elapsed = max(time.perf_counter() - self._begin, 1e-9)
-        return {"images_per_s": samples / elapsed, "data_wait_fraction": self._waited / elapsed}
 
 
 class BadSampleBudget:
@@ -102,6 +102,30 @@ class BadSampleBudget:
                 f"{self._bad:,} of the last {self._slots:,} samples were bad, over --max-bad-fraction {self._limit:g}; "
                 f"{count:,} of them in {shard}: mend or remove it (rejected.jsonl names each)"
             )
+
+
+def log_line(values: Mapping[str, Any], total_steps: int) -> str:
+    """Returns a logged step's values as one plain line that survives a log file."""
+    left = (total_steps - values["step"]) * values["samples_seen"] / values["step"] / values["images_per_s"]
+    parts = [
+        f"step {values['step']}/{total_steps}",
+        f"loss {values['loss']:.3f}",
+        f"scale {values['logit_scale']:.1f}",
+        f"{values['images_per_s']:,.0f} img/s",
+        f"{values['tokens_per_s']:,.0f} tokens/s",
+        f"wait {values['data_wait_fraction']:.1%}",
+        f"mem {values['memory_gib']:.1f} GiB",
+        f"eta {left / 3600:.1f}h" if left >= 36_000 else f"eta {left / 60:.0f}m" if left >= 60 else f"eta {left:.0f}s",
+    ]
+    if values["mfu"] is not None:
+        parts.insert(6, f"mfu {values['mfu']:.0%}")
+    if values["rejected"]:
+        parts.append(f"bad samples {values['rejected']}")
+    if values["skipped_steps"]:
+        parts.append(f"skipped steps {values['skipped_steps']}")
+    if "zero_shot_top1" in values:
+        parts.append(f"zero-shot {values['zero_shot_top1']:.1%}")
+    return "  ".join(parts)
 
 
 def ids_hash(sample_ids: npt.NDArray[np.int64]) -> str:

@@ -1,0 +1,90 @@
+"""Starts train.py, or a script that breaks it on purpose, on several processes with the real torchrun."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PATIENCE_S = 240
+"""For a machine that does much else: a run of these takes some seconds."""
+
+
+_STARTED: "list[subprocess.Popen[str]]" = []
+
+
+def start(world_size: int, *arguments: str, torchrun: tuple[str, ...] = (), **env: str) -> "subprocess.Popen[str]":
+    """Starts `arguments` (a script and its own) on each rank; what all print comes as one stdout."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    process = subprocess.Popen(
+        [*command, *torchrun, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    _STARTED.append(process)
+    return process
+
+
+def end(process: "subprocess.Popen[str]") -> str:
+    """Returns all that a process prints until it ends; ends it if it does not."""
+    try:
+        return process.communicate(timeout=PATIENCE_S)[0]
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        raise AssertionError(f"torchrun did not end:\n{process.communicate()[0]}") from None
+
+
+def run(world_size: int, *arguments: str, torchrun: tuple[str, ...] = (), **env: str) -> str:
+    """Runs to a good end. Returns what was printed."""
+    process = start(world_size, *arguments, torchrun=torchrun, **env)
+    output = end(process)
+    assert process.returncode == 0, output
+    return output
+
+
+def wait_for(there: Callable[[], object], process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not there():
+        assert process.poll() is None, f"it ended before that:\n{process.communicate()[0]}"
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.005)
+
+
+def _children(parent: int) -> dict[int, list[bytes]]:
+    """Returns the environment of each process that `parent` has started."""
+    found: dict[int, list[bytes]] = {}
+    for task in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((task / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found[int(task.name)] = (task / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+    return found
+
+
+def rank_pid(process: "subprocess.Popen[str]", rank: int) -> int:
+    """Returns the process of a rank that torchrun has started."""
+    return next(pid for pid, env in _children(process.pid).items() if f"RANK={rank}".encode() in env)
+
+
+def kill_all(process: "subprocess.Popen[str]") -> None:
+    """kill -9 on torchrun and on every rank, as a machine that loses its power."""
+    for pid in (process.pid, *_children(process.pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def kill_left_over() -> None:
+    """Ends what a failed test has left running."""
+    while _STARTED:
+        process = _STARTED.pop()
+        if process.poll() is None:
+            kill_all(process)

@@ -1,0 +1,97 @@
+"""Whether a run folder's run may go on, and from where: its recorded config beside this one, its newest checkpoint."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.mixture import split_weights
+
+from . import checkpoint
+from .fields import Config, flag
+from .metrics import LEDGER, METRICS, REJECTED
+
+MAY_DIFFER = frozenset(
+    {"data", "out", "preset", "stage", "resume", "steps", "samples", "base_lr", "vocabulary"}
+    | {"threads", "workers", "prefetch", "decoder", "device"}
+    | {"log_every", "checkpoint_every", "keep_checkpoints", "milestone_every", "ledger", "eval_data", "eval_every"}
+    | {"max_bad_fraction", "report_to", "shard", "accumulate", "grad_checkpointing", "tiled_loss", "peer_timeout"}
+)
+"""What may be another when a run is resumed: the run's length, what it reports, and how its work is laid out over
+threads, devices, ranks and memory. The data itself is held to the index's digest, not to its path; its weights may not
+differ."""
+
+
+def record(config: Config) -> dict[str, Any]:
+    """Returns every value of a config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def refuse_other_run(old: Mapping[str, Any], config: Config, run: Path) -> None:
+    """Raises ValueError, naming the flags, where a run folder was made with values that resuming may not change."""
+    new = record(config)
+    # A field that an older version did not know was at its default then.
+    old = {**record(Config()), **old}
+    # Of --data only the weights are part of the order; where the shards lie is not.
+    old_shares, new_shares = split_weights(old.get("data", ()))[1], config.sources[1]
+    phrases = [
+        f"{flag(name)} is {json.dumps(old.get(name))} there and {json.dumps(new[name])} here"
+        for name in new
+        if name not in MAY_DIFFER and old.get(name) != new[name]
+    ]
+    if old_shares != new_shares:
+        phrases.append(f"--data has {_weights(old_shares)} there and {_weights(new_shares)} here")
+    if phrases:
+        raise ValueError(f"{run} holds another run: {'; '.join(phrases)}; use another --out, or --resume never")
+
+
+def checkpoint_to_resume(config: Config) -> checkpoint.Checkpoint | None:
+    """Returns the checkpoint to go on from, or None for a new run. Deletes nothing.
+
+    Raises ValueError where the folder holds a run of other values, or only damaged checkpoints.
+    """
+    run = config.run_folder
+    if config.resume == "never":
+        return None
+    recorded = run / "config.json"
+    if not recorded.exists():
+        if checkpoint.list_steps(run):
+            raise ValueError(f"{run} has checkpoints but no config.json; use another --out, or --resume never")
+        return None
+    try:
+        old = json.loads(recorded.read_text())
+    except ValueError:
+        raise ValueError(f"{recorded} is damaged; use another --out, or --resume never") from None
+    refuse_other_run(old, config, run)
+    last, passed_over = checkpoint.newest(run)
+    for phrase in passed_over:
+        print(f"passed over a damaged checkpoint: {phrase}", file=sys.stderr)
+    if last is None and passed_over:
+        raise ValueError(f"{run}: every checkpoint is damaged; --resume never starts anew")
+    return last
+
+
+def refuse_other_data(state: Mapping[str, Any], digest: str, source_shards: Sequence[int] | None, run: Path) -> None:
+    """Raises ValueError where a checkpoint's state is of other shards. source_shards: None where no weights are given.
+
+    With weights, where one source ends and the next begins is part of the order.
+    """
+    if state["index_digest"] != digest:
+        raise ValueError(f"{run} was trained on other data: the shards changed since; use another --out")
+    if source_shards is not None and state.get("source_shards") != list(source_shards):
+        raise ValueError(f"{run} was trained on sources of other shards: some moved between them; use another --out")
+
+
+def clear(run: Path) -> None:
+    """Deletes what an older run left in the folder; only once all that can be refused has been checked."""
+    if (run / checkpoint.FOLDER).exists():
+        shutil.rmtree(run / checkpoint.FOLDER)
+    for name in ("config.json", METRICS, REJECTED, LEDGER):
+        (run / name).unlink(missing_ok=True)
+
+
+def _weights(shares: Sequence[float] | None) -> str:
+    return "the weights " + " ".join(f"{share:.9g}" for share in shares) if shares else "no weights"
