@@ -1,5 +1,6 @@
 """Losses and gradients over real ranks: those of one process on the full batch, however the work is laid out."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import torchrun
 from safetensors.torch import load_file
 
 from model.loss import contrastive_loss
+from training.config import parse, resolved
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +51,21 @@ def test_ranks_together_have_the_gradients_of_one_process(world_size: int, tmp_p
     assert len(worst) == sum(len(wanted[case.kind]) for case in gradient_ranks.cases())
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--lanes", "16"), "world size 3 does not divide the 16 lanes; use a divisor of them"),
+        (("--lanes", "48", "--accumulate", "5"), "--accumulate 5 does not divide a rank's 16 pairs of a batch"),
+    ],
+)
+def test_what_three_ranks_cannot_share_is_refused(more: tuple[str, ...], message: str) -> None:
+    (config,) = parse(["--steps", "2", "--batch-size", "48", *more], "")
+    with pytest.raises(ValueError, match=message):
+        resolved(config, cuda=False, world_size=3)
+    assert resolved(dataclasses.replace(config, accumulate=1), cuda=False, world_size=2 if message[0] == "w" else 3)
+
+
+@pytest.mark.slow
 def test_the_lanes_must_be_divisible_by_the_ranks(shards: Path, tmp_path: Path) -> None:
     arguments = ("train.py", "--data", str(shards), "--out", str(tmp_path / "run"), "--steps", "2", "--tokens", "4")
     more = ("--batch-size", "32", "--lanes", "16", "--device", "cpu", "--model", "ViT-Ti-16")

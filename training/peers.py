@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Generator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -72,7 +73,7 @@ class Peers:
         except RuntimeError as error:
             raise ValueError(f"torchrun's store at {host}:{port} cannot be reached ({error})") from None
         self._store = PrefixStore(f"peers/{attempt()}", client)
-        self._process = {"host": socket.gethostname(), "pid": os.getpid()}
+        self._process = {"host": socket.gethostname(), "pid": os.getpid(), "pids": _pid_namespace()}
         self._beat(0)
         world.totals(0)  # no one reads before all have written
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
@@ -156,7 +157,7 @@ class Peers:
         """Returns why a rank is lost, or None."""
         if said["left"] is not None:
             return None
-        if said["host"] == self._process["host"] and not _lives(said["pid"]):
+        if said["pids"] is not None and said["pids"] == self._process["pids"] and not _lives(said["pid"]):
             return f"its process {said['pid']} died ({said['doing']})"
         sign, since = self._seen.get(rank, ("", now))
         if sign != str(said["beat"]):
@@ -180,13 +181,21 @@ class Peers:
         os._exit(PEER_LOST)
 
 
-def _lives(pid: int) -> bool:
-    """Whether a process of this host runs; one that has died and was not collected does not."""
+def _pid_namespace() -> str | None:
+    """Returns what two processes share that see each other by number; hosts and containers may bear one name. None
+    where there is no telling."""
     try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
-        return not os.path.exists("/proc/self")
+        return None
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process that this one sees runs; one that has died and was not collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def _is_failed_exchange(error: BaseException) -> bool:
