@@ -2,7 +2,7 @@
 #
 #   make demo       make the starter data, train on it, validate; the picture is runs/demo/report.png
 #   make test       lint, then the tests that take minutes at most
-#   make test-full  the long tests; make deps-full installs what they need beside that (Ray)
+#   make test-full  the long tests; make deps-full installs what they need beside that (Ray, Spark, Java)
 #   make test-interop  our weights in open_clip and its weights here (makes .venv-peers)
 #   make lint       ruff and pyright alone
 #   make peers      .venv-peers, with what the loader benchmark compares with (on Linux a CUDA build of torch, 5 GB)
@@ -35,8 +35,16 @@ test-interop: .venv/.installed-dev .venv-peers/.installed
 test-full: deps-full
 	$(RUN) -m pytest -m slow
 
-# What the long tests' engines need: Ray.
-deps-full: .venv/.installed-full
+# What the long tests' engines need: Ray for shrinking; img2dataset's own environment with Spark (and Java) and Ray.
+deps-full: .venv/.installed-full .venv-ingest/.installed-engines
+
+.venv-ingest/.installed-engines: requirements-ingest.txt .venv/.installed-full
+	@command -v java >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+		apt-get install -y -qq default-jre-headless >/dev/null; } || \
+		{ echo "error: Spark needs Java 17 or newer and there is no java here; install a JRE (Debian: default-jre-headless)" >&2; exit 1; }
+	$(RUN) -c 'from pipeline.ingest.environment import python; python()'
+	.venv-ingest/bin/python -m pip install --quiet 'pyspark>=3.5,<5' 'ray>=2.40,<3'
+	@touch $@
 
 lint: .venv/.installed-dev
 	$(RUN) -m ruff check .

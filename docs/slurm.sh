@@ -18,7 +18,7 @@ trap 'ending=1; kill -TERM "$step"' TERM
 
 # srun passes the signal on to torchrun, and torchrun to its ranks.
 srun --kill-on-bad-exit=1 \
-  .venv/bin/torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node 8 --max-restarts 3 \
+  .venv/bin/torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node 8 --max-restarts 3 --shutdown-timeout 110 \
   --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" \
   --rdzv-endpoint "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29500" \
   train.py --preset "$preset" --data "$shards" --out "$out" &
