@@ -18,6 +18,8 @@ from torch import nn
 
 Backend = Literal["sdpa", "flash", "xformers", "math"]
 AttentionName = Literal["auto", "sdpa", "flash", "xformers", "math"]
+Token = int | torch.Tensor
+"""One token of each sequence: the same place in all, or int64 [B]."""
 
 FLASH_FROM = 128
 """Tokens from which `auto` takes flash-attn on CUDA, where it is installed; below, SDPA's own kernels do as well."""
@@ -111,8 +113,15 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BND: torch.Tensor, sequences: Sequences | None = None) -> torch.Tensor:
-        """x: [B, N, D]; or [T, D] with the sequences that are laid end to end in it."""
+    def forward(
+        self, x_BND: torch.Tensor, sequences: Sequences | None = None, only: Token | None = None
+    ) -> torch.Tensor:
+        """x: [B, N, D]; or [T, D] with the sequences that are laid end to end in it.
+
+        only: the one token of each sequence whose result is wanted, [B, D]; no query is computed for the others.
+        """
+        if only is not None:
+            return self._at(x_BND, only)
         qkv = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))
         num_tokens = qkv.shape[1] if sequences is None else sequences.max_length
         backend = choose(
@@ -123,6 +132,53 @@ class SelfAttention(nn.Module):
         else:
             mixed = packed_attention(qkv, sequences, backend, causal=self.causal)
         return self.out(mixed.flatten(-2))
+
+    def _at(self, x_BND: torch.Tensor, only: Token) -> torch.Tensor:
+        width = x_BND.shape[-1]
+        query_weight, key_value_weight = self.qkv.weight.split((width, 2 * width))
+        query_bias, key_value_bias = self.qkv.bias.split((width, 2 * width))
+        query_B1HK = F.linear(token_at(x_BND, only), query_weight, query_bias).unflatten(-1, (1, self.heads, -1))
+        key_value_BN2HK = F.linear(x_BND, key_value_weight, key_value_bias).unflatten(-1, (2, self.heads, -1))
+        # Checked here too: a named backend that cannot serve is refused, although one query needs no kernel of its own.
+        backend = choose(
+            self.name, x_BND.shape[1], device=x_BND.device.type, dtype=query_B1HK.dtype, head_dim=query_B1HK.shape[-1]
+        )
+        seen_BN = _up_to(only, x_BND) if self.causal else None
+        mixed_B1HK = one_query_attention(query_B1HK, key_value_BN2HK, backend, seen_BN)
+        return self.out(mixed_B1HK.flatten(1))
+
+
+def token_at(x_BND: torch.Tensor, only: Token) -> torch.Tensor:
+    """Returns one token of each sequence, [B, D]."""
+    if isinstance(only, int):
+        return x_BND[:, only]
+    return x_BND[torch.arange(len(x_BND), device=x_BND.device), only]
+
+
+def _up_to(only: Token, x_BND: torch.Tensor) -> torch.Tensor | None:
+    """Returns bool [B, N]: the tokens that a causal query at `only` sees; None where that is all of them."""
+    if isinstance(only, int):
+        assert only == -1, only
+        return None
+    return torch.arange(x_BND.shape[1], device=x_BND.device) <= only[:, None]
+
+
+def one_query_attention(
+    query_B1HK: torch.Tensor, key_value_BN2HK: torch.Tensor, backend: Backend, seen_BN: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Returns what `attention` gives for one query of each sequence, [B, 1, H, K]. seen: the keys that it sees.
+
+    SDPA computes it for every backend but `math`: a product of one row leaves nothing to gain.
+    """
+    query_BH1K = query_B1HK.transpose(1, 2)
+    key_BHNK, value_BHNK = (x.transpose(1, 2) for x in key_value_BN2HK.unbind(2))
+    mask_B11N = None if seen_BN is None else seen_BN[:, None, None]
+    if backend != "math":
+        return F.scaled_dot_product_attention(query_BH1K, key_BHNK, value_BHNK, attn_mask=mask_B11N).transpose(1, 2)
+    scores_BH1N = query_BH1K @ key_BHNK.transpose(-2, -1) * query_BH1K.shape[-1] ** -0.5
+    if mask_B11N is not None:
+        scores_BH1N = scores_BH1N.masked_fill(~mask_B11N, float("-inf"))
+    return (scores_BH1N.softmax(dim=-1).to(value_BHNK.dtype) @ value_BHNK).transpose(1, 2)
 
 
 def _heads_first(qkv_BN3HK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

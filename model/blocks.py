@@ -5,12 +5,12 @@ Under autocast the residual stream and the norms stay in float32; the products r
 Shapes: B pairs, N tokens, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
-from .attention import AttentionName, SelfAttention, Sequences
+from .attention import AttentionName, SelfAttention, Sequences, Token, token_at
 from .presets import Activation, BlockInit, ImageConfig, TextConfig
 
 ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
@@ -38,10 +38,27 @@ class Block(nn.Module):
         self.activation = ACTIVATIONS[activation]()
         self.mlp_out = nn.Linear(tower.mlp_width, tower.width)
 
-    def forward(self, x_BND: torch.Tensor, sequences: Sequences | None = None) -> torch.Tensor:
-        """x: [B, N, D]; or [T, D] with the sequences that are laid end to end in it."""
-        x_BND = x_BND + self.attention(self.attention_norm(x_BND), sequences)
+    def forward(
+        self, x_BND: torch.Tensor, sequences: Sequences | None = None, only: Token | None = None
+    ) -> torch.Tensor:
+        """x: [B, N, D]; or [T, D] with the sequences that are laid end to end in it.
+
+        only: the one token of each sequence that is wanted, [B, D]; of the others keys and values alone are computed.
+        """
+        mixed = self.attention(self.attention_norm(x_BND), sequences, only)
+        x_BND = (x_BND if only is None else token_at(x_BND, only)) + mixed
         return x_BND + self.mlp_out(self.activation(self.mlp_in(self.mlp_norm(x_BND))))
+
+
+def run_blocks(blocks: Iterable[nn.Module], x_BND: torch.Tensor, only: Token | None) -> torch.Tensor:
+    """Returns what the last block gives: [B, N, D], or [B, D] of the token `only`, the sole one it then computes.
+
+    Where one token is pooled, this spares 5/6 of the last block's products: 7 % of a tower of 12 layers.
+    """
+    *before, last = blocks
+    for block in before:
+        x_BND = block(x_BND)
+    return last(x_BND, only=only)
 
 
 def block_stack(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import AttentionName
-from .blocks import block_stack
+from .blocks import block_stack, run_blocks
 from .positions import sincos_2d
 from .presets import ImagePooling, ModelConfig, PatchInit
 
@@ -25,8 +25,11 @@ _TRUNCATED_STD = 0.87962566103423978
 # error, measured at width 768).
 _PIXEL_CENTRE = 128
 
+CLASS_TOKEN = 0
+"""Its place among an image's tokens."""
+# Of what the last block gives; where the class token is pooled, it gives that alone.
 POOLINGS: dict[ImagePooling, Callable[[torch.Tensor], torch.Tensor]] = {
-    "class": lambda x_BND: x_BND[:, 0],
+    "class": lambda x_BD: x_BD,
     "patch_mean": lambda x_BND: x_BND[:, 1:].mean(dim=1),
     "token_mean": lambda x_BND: x_BND.mean(dim=1),
 }
@@ -85,16 +88,22 @@ class ImageTower(nn.Module):
         self.pre_norm = nn.LayerNorm(tower.width, eps=config.norm_eps) if tower.pre_norm else nn.Identity()
         self.blocks = block_stack(tower, config.activation, config.norm_eps, attention)
         self.pool = POOLINGS[tower.pooling]
+        self.only = CLASS_TOKEN if tower.pooling == "class" else None
         self.final_norm = nn.LayerNorm(tower.width, eps=config.norm_eps)
         self.projection = nn.Linear(tower.width, config.embed_dim, bias=False)
         nn.init.normal_(self.projection.weight, std=tower.width**-0.5)
 
     def forward(self, patches_BNP: torch.Tensor, positions_BN: torch.Tensor) -> torch.Tensor:
         """Returns features [B, E], not yet normalised. patches: uint8; positions: int16, row-major on the grid."""
+        return self.encode(self.embed(patches_BNP, positions_BN))
+
+    def embed(self, patches_BNP: torch.Tensor, positions_BN: torch.Tensor) -> torch.Tensor:
+        """Returns what enters the first block, [B, 1 + N, D]: the class token, then the patches."""
         position_BND = F.embedding(positions_BN.to(torch.int32), self.position_table_GD)
         patch_BND = self.patch_embedding(patches_BNP) + position_BND
         class_B1D = self.class_token_D.expand(len(patch_BND), 1, -1)
-        x_BND = self.pre_norm(torch.cat([class_B1D, patch_BND], dim=1))
-        for block in self.blocks:
-            x_BND = block(x_BND)
-        return self.projection(self.final_norm(self.pool(x_BND)))
+        return self.pre_norm(torch.cat([class_B1D, patch_BND], dim=1))
+
+    def encode(self, x_BND: torch.Tensor) -> torch.Tensor:
+        """Returns features [B, E], not yet normalised, of what `embed` gave."""
+        return self.projection(self.final_norm(self.pool(run_blocks(self.blocks, x_BND, self.only))))

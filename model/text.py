@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import AttentionName, Sequences, choose
-from .blocks import block_stack
+from .attention import AttentionName, Sequences, Token, choose
+from .blocks import block_stack, run_blocks
 from .presets import ModelConfig, TextPooling
 
 
@@ -19,13 +19,10 @@ def end_positions(caption_ids_BL: torch.Tensor) -> torch.Tensor:
     return caption_ids_BL.argmax(dim=1)
 
 
-def _at_end(x_BLD: torch.Tensor, caption_ids_BL: torch.Tensor) -> torch.Tensor:
-    return x_BLD[torch.arange(len(x_BLD), device=x_BLD.device), end_positions(caption_ids_BL)]
-
-
-POOLINGS: dict[TextPooling, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "last": lambda x_BLD, caption_ids_BL: x_BLD[:, -1],
-    "end": _at_end,
+# The token that is pooled, the sole one the last block gives.
+POOLINGS: dict[TextPooling, Callable[[torch.Tensor], Token]] = {
+    "last": lambda _caption_ids_BL: -1,
+    "end": end_positions,
 }
 
 
@@ -42,7 +39,7 @@ class TextTower(nn.Module):
         self.token_embedding = nn.Embedding(tower.vocabulary, tower.width)
         self.positions_LD = nn.Parameter(torch.empty(text_tokens, tower.width))
         self.blocks = block_stack(tower, config.activation, config.norm_eps, attention, causal=tower.causal)
-        self.pool = POOLINGS[tower.pooling]
+        self.pooled_token = POOLINGS[tower.pooling]
         self.final_norm = nn.LayerNorm(tower.width, eps=config.norm_eps)
         self.projection = nn.Linear(tower.width, config.embed_dim, bias=False)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -60,9 +57,7 @@ class TextTower(nn.Module):
         if self.ignores_padding and self._backend(x_BLD) == "flash":
             pooled_BD = self.pooled_without_padding(x_BLD, caption_ids_BL)
         else:
-            for block in self.blocks:
-                x_BLD = block(x_BLD)
-            pooled_BD = self.pool(x_BLD, caption_ids_BL)
+            pooled_BD = run_blocks(self.blocks, x_BLD, self.pooled_token(caption_ids_BL))
         # The dialects norm every position and then pool; a norm sees one position, so pooling first is the same.
         return self.projection(self.final_norm(pooled_BD))
 

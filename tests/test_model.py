@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from model import attention as attention_module
-from model.attention import Sequences, attention, choose, packed_attention
+from model.attention import Sequences, attention, choose, packed_attention, token_at
+from model.blocks import Block
 from model.clip import CLIP, attention_choices, gflops_per_pair
 from model.image import PatchEmbedding
+from model.loss import contrastive_loss
 from model.positions import resized_grid, resized_text, sincos_2d
 from model.presets import PRESETS, ImageConfig, ModelConfig, TextConfig, from_json, model_config, to_json
 from model.text import end_positions
@@ -35,6 +37,7 @@ SMALL_BPE = dataclasses.replace(
     norm_eps=1e-5,
     max_logit_scale=100.0,
 )
+SIGMOID = {"logit_bias": -10.0}
 DIALECTS = pytest.mark.parametrize("config", [SMALL, SMALL_CLASS, SMALL_BPE], ids=["patch_mean", "class", "bpe"])
 
 
@@ -247,7 +250,8 @@ def test_another_text_length_is_refused():
 
 def test_forward_gives_unit_features_and_the_initial_temperature():
     model = small_model(SMALL)
-    image_features, text_features, scale = model(patchify(small_images()), all_positions(), captions())
+    image_features, text_features, scale, bias = model(patchify(small_images()), all_positions(), captions())
+    assert bias is None
     for features in (image_features, text_features):
         torch.testing.assert_close(features.norm(dim=-1), torch.ones(4))
     assert CLIP(SMALL, grid=GRID, text_tokens=2).logit_scale.exp().item() == pytest.approx(1 / 0.07)
@@ -255,9 +259,20 @@ def test_forward_gives_unit_features_and_the_initial_temperature():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_a_model_for_the_sigmoid_loss_has_a_bias_and_begins_with_its_temperature():
+    model = CLIP(SMALL, grid=GRID, text_tokens=TEXT_TOKENS, **SIGMOID)
+    features = model(patchify(small_images()), all_positions(), captions())
+    assert features.logit_scale.item() == pytest.approx(10)
+    assert features.logit_bias.item() == -10
+    contrastive_loss(features, torch.ones(4, dtype=torch.bool), kind="sigmoid").backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert set(model.state_dict()) == {*small_model().state_dict(), "logit_bias"}
+    assert model.num_parameters()["total"] == small_model().num_parameters()["total"] + 1
+
+
 @DIALECTS
 def test_the_model_compiles_as_one_graph_and_runs_in_bfloat16(config):
-    model, inputs = small_model(config), (patchify(small_images()), all_positions(), captions())
+    model, inputs = small_model(config, **SIGMOID), (patchify(small_images()), all_positions(), captions())
     compiled = torch.compile(model, backend="eager", fullgraph=True)  # traces, and refuses a graph break
     with torch.no_grad():
         plain = model(*inputs)
@@ -387,7 +402,8 @@ def test_what_the_other_kernels_are_called_with(config, name, kernels):
     image, text = (kind, (4, 16, 3, 16), False), (kind, (4, TEXT_TOKENS, 2, 16), causal)
     if name == "flash" and causal:
         text = ("varlen", (12, 2, 16), True)
-    assert kernels.calls == [image] * 2 + [text] * 2
+    # Where one token is pooled, the last block has one query, which needs no kernel; the images' mean is over all.
+    assert kernels.calls == [image] * 2 + [text] * (2 if name == "flash" and causal else 1)
 
 
 @pytest.mark.gpu
@@ -555,6 +571,7 @@ def test_the_dialects_differ_in_this_and_in_nothing_else(name):
     config, other = model_config(name), model_config(name.removesuffix("-bpe"))
     assert (other.activation, other.norm_eps, other.max_logit_scale) == ("gelu_tanh", 1e-6, None)
     assert (config.activation, config.norm_eps, config.max_logit_scale) == ("gelu", 1e-5, 100.0)
+    assert (other.adam_eps, config.adam_eps) == (1e-8, 1e-6)
     assert config.pixel_mean == (0.48145466, 0.4578275, 0.40821073)
     assert config.pixel_std == (0.26862954, 0.26130258, 0.27577711)
     changed = {"pooling", "pre_norm", "sincos", "block_init", "patch_init", "class_init", "vocabulary", "tokenizer"}
@@ -585,9 +602,34 @@ def test_flops_are_open_clips_for_l_14():
     assert gflops_per_pair(l_14, 576, 32)[0] + text == pytest.approx(387, abs=0.5)
 
 
-def test_flops_are_what_torch_counts():
+def every_token(forward):
+    """Returns the plain way of a block: every token is computed, and one is taken after."""
+
+    def plain(self, x_BND, sequences=None, only=None):
+        x_BND = forward(self, x_BND, sequences)
+        return x_BND if only is None else token_at(x_BND, only)
+
+    return plain
+
+
+@DIALECTS
+def test_a_last_block_of_one_token_has_the_gradients_of_a_whole_one(config, monkeypatch):
+    found = []
+    for way in (Block.forward, every_token(Block.forward)):
+        monkeypatch.setattr(Block, "forward", way)
+        model = small_model(config).double()
+        features = model(patchify(small_images()), all_positions(), captions())
+        contrastive_loss(features, torch.ones(4, dtype=torch.bool), kind="infonce").backward()
+        found.append([features[0].detach(), features[1].detach(), *(p.grad for p in model.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_flops_are_what_torch_counts(monkeypatch):
+    """Of a step that computes every token in every block, which is what the formula counts."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    monkeypatch.setattr(Block, "forward", every_token(Block.forward))
     model = small_model(attention="math")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.encode_image(patchify(small_images()), all_positions())
@@ -678,6 +720,7 @@ def test_config_survives_json(name):
     ("change", "message"),
     [
         (lambda values: values.update(depth=3), r"unknown field depth"),
+        (lambda values: values.update(adam_eps=0.0), r"model adam_eps 0.0 is not above 0"),
         (lambda values: values["image"].update(dropout=0.1), r"unknown field image\.dropout"),
         (lambda values: values["text"].pop("width"), r"lacks the field text\.width"),
         (lambda values: values.pop("image"), r"lacks the field image\.heads"),
@@ -695,7 +738,7 @@ def test_a_config_that_cannot_be_is_refused(change, message):
 
 def test_config_of_an_older_checkpoint_takes_defaults():
     values = to_json(model_config("ViT-Ti-16"))
-    del values["norm_eps"], values["text"]["pooling"]
+    del values["norm_eps"], values["adam_eps"], values["text"]["pooling"]
     assert from_json(values) == model_config("ViT-Ti-16")
 
 

@@ -1,0 +1,362 @@
+"""Our training step on cached batches, whole or part by part; whole it is what train.py's loop does.
+
+Parts are told apart by marks between them: a monotonic clock on a CPU; on a GPU events, read when all steps are done,
+so that nothing waits inside a step.
+"""
+
+import contextlib
+import copy
+import resource
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from model.attention import SelfAttention, Sequences, Token, token_at
+from model.blocks import Block
+from model.clip import CLIP
+from model.image import PatchEmbedding
+from model.loss import contrastive_loss
+from model.presets import ModelConfig
+from pipeline.batch import Batch
+from pipeline.tokens import Geometry
+from training import optim
+from training.distributed import World
+from training.health import Skips
+from training.heap import give_freed_memory_back, keep_freed_memory
+from training.parallel import backward, over_ranks
+
+PARTS = ("copy", "embed", "image_forward", "text_forward", "loss", "backward", "gradient_reduction", "optimizer")
+"""Of a step. copy: to the device. embed: normalise and embed the patches. gradient_reduction: in a process alone, the
+gradients' norm and whether it is a number; nothing is exchanged."""
+FORWARD = "forward"
+"""In place of embed, image_forward and text_forward where the model is compiled, as one."""
+
+CACHED_BATCHES = 4
+_ALONE = World()
+Switch = Literal["fused AdamW", "folding", "layout", "one pooled token", "kept memory"]
+SWITCHES: tuple[Switch, ...] = ("fused AdamW", "folding", "layout", "one pooled token", "kept memory")
+"""What a step can do without, one at a time, to see what it gives; --compile is one more."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What some steps cost."""
+
+    images: int
+    wall_s: float
+    cpu_s: float
+
+    @property
+    def images_per_s(self) -> float:
+        return self.images / self.wall_s
+
+    @property
+    def images_per_cpu_s(self) -> float:
+        return self.images / self.cpu_s
+
+
+class Marks:
+    """When each part of each step ended. Clocks of a GPU are read in `milliseconds` alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._steps: list[list[tuple[str, Any]]] = []
+        self._host: list[list[tuple[str, float]]] = []
+
+    def begin(self) -> None:
+        self._steps.append([])
+        self._host.append([])
+        self.end("")
+
+    def end(self, part: str) -> None:
+        """Says that a part ends here, and what follows begins."""
+        now = time.perf_counter()
+        self._host[-1].append((part, now))
+        self._steps[-1].append((part, self._event() if self._on_gpu else now))
+
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> list[list[tuple[str, float]]]:
+        """Returns for each step when it began ("") and when each part ended, by the host's monotonic clock."""
+        return self._host
+
+    def milliseconds(self) -> list[dict[str, float]]:
+        """Returns each step's parts in ms; waits for the device."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return [
+            {part: self._between(before, after) for (_, before), (part, after) in pairwise(step)}
+            for step in self._steps
+        ]
+
+    def _between(self, before: Any, after: Any) -> float:
+        return before.elapsed_time(after) if self._on_gpu else 1e3 * (after - before)
+
+
+class Stepper:
+    """A model, its optimiser and cached batches; a step takes the next of them."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batches: Sequence[Batch],
+        *,
+        device: torch.device,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        attention: str = "auto",
+        compiled: bool = False,
+    ) -> None:
+        torch.manual_seed(0)
+        self.device, self.precision, self.compiled = device, precision, compiled
+        self.batches = list(batches)
+        self.batch_size, text_tokens = batches[0].caption_ids.shape
+        self.model = CLIP(config, grid=batches[0].grid, text_tokens=text_tokens, attention=attention).to(device)
+        self.forward = torch.compile(self.model) if compiled else self.model
+        self.optimizer = optim.build(self.model, weight_decay=0.2, beta2=0.95, decayed=config.decayed)
+        optim.set_learning_rate(self.optimizer, 1e-5)
+        self._skips = Skips(device)
+        self._turn = 0
+        keep_freed_memory()
+
+    def compiled_twin(self) -> "Stepper":
+        """Returns the same model, optimiser and batches with torch.compile."""
+        twin = copy.copy(self)
+        twin.compiled, twin.forward = True, torch.compile(self.model)
+        return twin
+
+    def run(self, steps: int) -> Turn:
+        """Takes whole steps, without marks."""
+        self.synchronize()
+        cpu, wall = time.process_time(), time.perf_counter()
+        for _ in range(steps):
+            self.step(self._next())
+        self.synchronize()
+        return Turn(steps * self.batch_size, time.perf_counter() - wall, time.process_time() - cpu)
+
+    def run_parts(self, steps: int) -> list[dict[str, float]]:
+        """Takes steps with marks; returns each step's parts in ms."""
+        marks = Marks(self.device)
+        with self.marked(marks):
+            for _ in range(steps):
+                marks.begin()
+                self.step(self._next(), marks)
+        return marks.milliseconds()
+
+    def step(self, batch: Batch, marks: Marks | None = None) -> torch.Tensor:
+        """Takes one step on a batch, as train.py does. Returns its loss, not yet waited for."""
+        end = marks.end if marks else _no_mark
+        batch = batch.to(self.device)
+        end("copy")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            features = self.forward(batch.patches, batch.positions, batch.caption_ids)
+        if self.compiled:
+            end(FORWARD)
+        loss = contrastive_loss(features, batch.valid, kind="infonce")
+        end("loss")
+        self.optimizer.zero_grad(set_to_none=True)
+        backward(loss, self.model, _ALONE)
+        end("backward")
+        gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+        loss, norm = over_ranks(loss, gradients, _ALONE)
+        left_out = self._skips.judge(loss, norm)
+        end("gradient_reduction")
+        if self.optimizer.param_groups[0]["fused"]:
+            optim.step_unless(self.optimizer, left_out)
+        else:
+            self.optimizer.step()
+        self.model.clamp_logit_scale()
+        end("optimizer")
+        return loss
+
+    def peak_memory_bytes(self) -> int:
+        """Returns the most that was ever in use: of the GPU's memory, or of the process's."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        # In kilobytes on Linux, in bytes on macOS.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    @contextlib.contextmanager
+    def without(self, switch: Switch) -> Generator[None]:
+        """Steps inside go without one of what makes them fast; weights and optimiser state go on as they are."""
+        with _SWITCHES[switch](self):
+            yield
+
+    def _next(self) -> Batch:
+        self._turn += 1
+        return self.batches[self._turn % len(self.batches)]
+
+    def synchronize(self) -> None:
+        """Waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @contextlib.contextmanager
+    def marked(self, marks: Marks) -> Generator[None]:
+        """Steps inside mark the parts of the forward.
+
+        They end before the image tower's first block, after the tower, and after the text tower. What makes features
+        of unit length counts to the part that follows: under 0.1 % of a step.
+        """
+        if self.compiled:
+            yield
+            return
+        model = self.model
+
+        def end(part: str, *_: Any) -> None:
+            marks.end(part)
+
+        hooks = [
+            model.image.blocks[0].register_forward_pre_hook(partial(end, "embed")),
+            model.image.register_forward_hook(partial(end, "image_forward")),
+            model.text.register_forward_hook(partial(end, "text_forward")),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _no_mark(part: str) -> None:
+    """Of a step that is taken whole."""
+
+
+def made_batches(
+    config: ModelConfig, geometry: Geometry, batch_size: int, text_tokens: int, count: int = CACHED_BATCHES
+) -> list[Batch]:
+    """Returns batches of random pixels and captions; of the kept places any of the grid, in rising order."""
+    generator = torch.Generator().manual_seed(0)
+    places = geometry.grid[0] * geometry.grid[1]
+    found: list[Batch] = []
+    for _ in range(count):
+        kept = torch.rand(batch_size, places, generator=generator).argsort(dim=1)[:, : geometry.tokens].sort(dim=1)
+        shape = (batch_size, geometry.tokens, config.image.patch_values)
+        # The highest id once, at the end: it is what the BPE dialect pools at.
+        ids = torch.randint(1, config.text.vocabulary - 1, (batch_size, text_tokens), generator=generator)
+        ids[:, -1] = config.text.vocabulary - 1
+        found.append(
+            Batch(
+                patches=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
+                positions=kept.values.to(torch.int16),
+                grid=geometry.grid,
+                caption_ids=ids.to(torch.int32),
+                valid=torch.ones(batch_size, dtype=torch.bool),
+                sample_ids=torch.arange(batch_size),
+            )
+        )
+    return found
+
+
+def real_batches(
+    config: ModelConfig,
+    geometry: Geometry,
+    batch_size: int,
+    text_tokens: int,
+    folder: Path,
+    count: int = CACHED_BATCHES,
+) -> list[Batch]:
+    """Returns the first batches of a shard set. Raises ValueError for one that cannot be used."""
+    # The rest of this module needs torch and NumPy alone, which is all that some machines with a GPU have.
+    from pipeline.index import open_index
+    from pipeline.loader import Loader, Settings
+    from pipeline.order import Order, default_lanes
+
+    index = open_index([folder])
+    order = Order(index.shard_sizes, batch_size=batch_size, seed=0, lanes=default_lanes(batch_size))
+    loader = Loader(index, order, Settings(geometry, text_tokens, "turbo", tokenizer=config.text.tokenizer))
+    return [loader.batch(step) for step in range(count)]
+
+
+# What follows takes one thing away from a step, to see what it gives.
+
+
+@contextlib.contextmanager
+def _replaced(kind: type, name: str, value: Any) -> Generator[None]:
+    own = getattr(kind, name)
+    setattr(kind, name, value)
+    try:
+        yield
+    finally:
+        setattr(kind, name, own)
+
+
+@contextlib.contextmanager
+def _plain_adamw(stepper: Stepper) -> Generator[None]:
+    """torch's default on a CPU, tensor by tensor and operation by operation; on a GPU, list by list."""
+    groups = stepper.optimizer.param_groups
+    for group in groups:
+        group["fused"] = None
+    # Only a fused step can be left out by a number on the device.
+    del stepper.optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["fused"] = True
+
+
+def _normalised_first(self: PatchEmbedding, input: torch.Tensor) -> torch.Tensor:
+    """Pixels are normalised in float32, then multiplied: mean and std are not folded into the weights."""
+    mean_P = self.patch_mean_P + 128
+    return F.linear((input.to(torch.float32) - mean_P) / self.patch_std_P, self.weight)
+
+
+def _separate(
+    self: SelfAttention, x_BND: torch.Tensor, sequences: Sequences | None = None, only: Token | None = None
+) -> torch.Tensor:
+    """Three products for query, key and value, each laid out head by head in memory, and the result laid back."""
+    assert sequences is None
+    query_BHNK, key_BHNK, value_BHNK = (
+        F.linear(x_BND, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2).contiguous()
+        for weight, bias in zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
+    )
+    mixed = F.scaled_dot_product_attention(query_BHNK, key_BHNK, value_BHNK, is_causal=self.causal)
+    out_BND = self.out(mixed.transpose(1, 2).contiguous().flatten(-2))
+    return out_BND if only is None else token_at(out_BND, only)
+
+
+_forward = Block.forward
+
+
+def _all_tokens(
+    self: Block, x_BND: torch.Tensor, sequences: Sequences | None = None, only: Token | None = None
+) -> torch.Tensor:
+    """The last block computes every token, and one is pooled after."""
+    x_BND = _forward(self, x_BND, sequences)
+    return x_BND if only is None else token_at(x_BND, only)
+
+
+@contextlib.contextmanager
+def _freed_at_once(stepper: Stepper) -> Generator[None]:
+    give_freed_memory_back()
+    try:
+        yield
+    finally:
+        keep_freed_memory()
+
+
+def _replacing(kind: type, name: str, value: Any) -> Callable[[Stepper], contextlib.AbstractContextManager[None]]:
+    def replaced(stepper: Stepper) -> contextlib.AbstractContextManager[None]:
+        return _replaced(kind, name, value)
+
+    return replaced
+
+
+_SWITCHES: dict[Switch, Callable[[Stepper], contextlib.AbstractContextManager[None]]] = {
+    "fused AdamW": _plain_adamw,
+    "folding": _replacing(PatchEmbedding, "forward", _normalised_first),
+    "layout": _replacing(SelfAttention, "forward", _separate),
+    "one pooled token": _replacing(Block, "forward", _all_tokens),
+    "kept memory": _freed_at_once,
+}

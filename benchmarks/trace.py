@@ -1,0 +1,96 @@
+"""A Chrome trace of steps and of the batches made beside them, from torch.profiler; and how far the two overlap.
+
+Open the file in chrome://tracing or Perfetto. Each step and its parts stand on lines of their own, each batch on the
+line of the thread that made it.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._profiler import _ExperimentalConfig  # pyright: ignore[reportPrivateUsage]
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from pipeline.batch import Batch
+from pipeline.loader import Loader
+
+STEP, MAKE, WAIT = "step ", "make batch ", "data_wait"
+_PARTS_LINE = "parts of a step"
+
+
+class TracedLoader(Loader):
+    """A loader whose batches show in a trace."""
+
+    def batch(self, step: int) -> Batch:
+        with record_function(f"{MAKE}{step}"):
+            return super().batch(step)
+
+
+def trace(run: Callable[[], Sequence[Sequence[tuple[str, float]]]], out: Path) -> float:
+    """Runs under the profiler and writes the trace `out`. Returns what share of the batches' making steps hid.
+
+    run: takes steps, each inside record_function("step N"), and returns their marks: for each step when it began ("")
+    and when each part ended, by time.perf_counter, in seconds.
+    """
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities, experimental_config=_ExperimentalConfig(profile_all_threads=True)) as profiler:
+        marks = run()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(out))
+    found = json.loads(out.read_text())
+    events: list[dict[str, Any]] = found["traceEvents"]
+    parts = _part_events(events, marks)
+    events += parts
+    out.write_text(json.dumps(found))
+    return overlap(events, parts)
+
+
+def _part_events(
+    events: Sequence[dict[str, Any]], marks: Sequence[Sequence[tuple[str, float]]]
+) -> list[dict[str, Any]]:
+    """Returns the parts as events; a step's event and its first mark are the same moment on two clocks."""
+    steps = sorted((e for e in events if _named(e, STEP)), key=lambda event: event["ts"])
+    assert len(steps) == len(marks), (len(steps), len(marks))
+    found: list[dict[str, Any]] = []
+    for event, own in zip(steps, marks, strict=True):
+        begin = own[0][1]
+        for (_, start), (part, end) in pairwise(own):
+            found.append(
+                {
+                    "ph": "X",
+                    "cat": "step_part",
+                    "name": part,
+                    "pid": event["pid"],
+                    "tid": _PARTS_LINE,
+                    "ts": event["ts"] + 1e6 * (start - begin),
+                    "dur": 1e6 * (end - start),
+                }
+            )
+    return found
+
+
+def overlap(events: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]]) -> float:
+    """Returns the share of the time in which batches were made that fell into a step's computing, not its waiting.
+
+    What was made before the first step and after the last is left out.
+    """
+    computing = [(e["ts"], e["ts"] + e["dur"]) for e in parts if e["name"] != WAIT]
+    first, last = (pick(e["ts"] + at * e["dur"] for e in parts) for pick, at in ((min, 0), (max, 1)))
+    made = hidden = 0.0
+    for event in events:
+        if not _named(event, MAKE):
+            continue
+        start, end = max(event["ts"], first), min(event["ts"] + event["dur"], last)
+        made += max(0.0, end - start)
+        hidden += sum(max(0.0, min(end, until) - max(start, since)) for since, until in computing)
+    return hidden / made if made else 0.0
+
+
+def _named(event: dict[str, Any], prefix: str) -> bool:
+    # Of what record_function names on a CPU; a GPU's timeline repeats it under another category.
+    return event.get("cat") == "user_annotation" and str(event.get("name", "")).startswith(prefix)
