@@ -1,8 +1,12 @@
-"""Makes training data from a recipe, or smaller copies of it; run again, it continues where it was interrupted.
+"""Makes training data from a recipe or own pictures, or smaller copies; run again, it continues.
 
 python ingest.py datasets/emoji.toml --out data/emoji
 python ingest.py datasets/cc12m.toml --metadata cc12m.tsv --out data/cc12m
+python ingest.py folder PICTURES --out data/mine
+python ingest.py shards SRC --out data/mine
 python ingest.py shrink SRC --out DIR --short-side 128
+python ingest.py report DIR
+python ingest.py status DIR
 """
 
 import os
@@ -10,11 +14,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipeline.ingest import emoji, passes, shrink, web
+from pipeline.ingest import chart, emoji, own, passes, shrink, statistics, tables, web
 from pipeline.ingest.environment import Distributor
 from pipeline.ingest.img2dataset import Settings
 from pipeline.ingest.recipe import load
@@ -52,6 +56,80 @@ class Ingest:
     """Web recipes: of a picture's file."""
     allow_loopback: bool = False
     """Web recipes: also ask servers on this machine, which is refused otherwise."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Make image-text shards from a folder of pictures: each is decoded, checked, turned upright and made JPEG.
+
+    Without --metadata a picture's caption is in the .txt file of its name, else in the .json file (the key caption or
+    text); in a folder that has no such file at all, the folder's name is the caption. The same command continues what
+    was interrupted.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """Folder of pictures, with folders in it. Nothing outside it is opened."""
+    out: Path
+    """Folder for the shards."""
+    metadata: Path | None = None
+    """A table (.csv, .tsv, .parquet) of paths and captions. Paths that are not absolute start at the table's folder."""
+    path_column: str = "path"
+    """Of the table."""
+    caption_column: str = "caption"
+    """Of the table."""
+    shrink: int | None = 256
+    """Short side of the pictures in pixels; none is enlarged. None: sizes stay."""
+    min_image_size: int = 32
+    """Pictures with a shorter side, in pixels, are left out."""
+    max_aspect_ratio: int = 10
+    """Pictures with one side over so many times the other are left out."""
+    license: str = ""
+    """Kept with each sample."""
+    samples_per_shard: int = own.SAMPLES_PER_SHARD
+    """Rows of a shard, those that are left out included."""
+    workers: int = os.cpu_count() or 1
+    """Processes. Their number does not change the data."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Make shards from existing webdataset shards: each picture is decoded, checked, turned upright and made JPEG.
+
+    Captions, classes and what else a sample has are kept. The same command continues what was interrupted.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """Folder that holds .tar shards."""
+    out: Path
+    """Folder for the shards."""
+    shrink: int | None = None
+    """Short side of the pictures in pixels; none is enlarged. None: sizes stay."""
+    min_image_size: int = 32
+    """Pictures with a shorter side, in pixels, are left out."""
+    max_aspect_ratio: int = 10
+    """Pictures with one side over so many times the other are left out."""
+    license: str = ""
+    """Kept with each sample; empty: what the sample's json says."""
+    samples_per_shard: int = own.SAMPLES_PER_SHARD
+    """Rows of a shard, those that are left out included."""
+    workers: int = os.cpu_count() or 1
+    """Processes. Their number does not change the data."""
+
+
+@dataclass(frozen=True)
+class ShowReport:
+    """Print tables of what became of the rows of a folder, and draw them as DIR/report.png."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """What --out named."""
+
+
+@dataclass(frozen=True)
+class ShowStatus:
+    """Print what of a folder is done, what is left and can be retried, and about what that would cost."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """What --out named."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +176,14 @@ def _refuse_web_flags(config: Ingest) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["shrink"]:
-        config = tyro.cli(Shrink, args=arguments[1:], prog="ingest.py shrink")
-        _report(lambda: make_copies(config))
-    else:
-        config = tyro.cli(Ingest, args=arguments, description=__doc__)
-        _report(lambda: make_shards(config))
+    verb = arguments[0] if arguments else ""
+    if verb not in VERBS:
+        recipe = tyro.cli(Ingest, args=arguments, description=__doc__)
+        _report(lambda: make_shards(recipe))
+        return
+    kind, work = VERBS[verb]
+    config = tyro.cli(kind, args=arguments[1:], prog=f"ingest.py {verb}")
+    _report(lambda: work(config))
 
 
 def make_shards(config: Ingest) -> str:
@@ -133,7 +213,40 @@ def _download(recipe: WebRecipe, config: Ingest) -> str:
         config.allow_loopback,
     )
     options = web.Options(config.metadata, config.shrink, config.retry, config.workers, settings)
-    return passes.describe(web.make(recipe, config.out, options), config.out)
+    return _finished(web.make(recipe, config.out, options), config.out)
+
+
+def make_own(config: Folder | Shards) -> str:
+    """Makes shards of own data and returns a few lines about them."""
+    _check_workers(config.workers)
+    said = {field.name: getattr(config, field.name) for field in fields(config)}
+    for name in ("source", "out", "workers"):
+        del said[name]
+    if isinstance(config, Folder):
+        said["table"] = said.pop("metadata")
+    options = own.Options("folder" if isinstance(config, Folder) else "shards", **said)
+    return _finished(own.make(config.source, config.out, options, config.workers), config.out)
+
+
+def _finished(summary: passes.Summary, out: Path) -> str:
+    """Draws the report of a run and returns what to say at its end."""
+    lines = [passes.describe(summary, out)]
+    if summary.rows:
+        chart.draw(statistics.statistics(out), out.resolve().name, out / "report.png")
+        lines.append(f"picture: {out / 'report.png'}; tables: python ingest.py report {out}")
+    return "\n".join(lines)
+
+
+def show_report(config: ShowReport) -> str:
+    """Draws the report of a folder and returns its tables."""
+    found = statistics.statistics(config.folder)
+    chart.draw(found, config.folder.resolve().name, config.folder / "report.png")
+    return f"{tables.report_text(found, config.folder)}\n\npicture: {config.folder / 'report.png'}"
+
+
+def show_status(config: ShowStatus) -> str:
+    """Returns what of a folder is done, left and can be retried."""
+    return tables.status_text(config.folder)
 
 
 def make_copies(config: Shrink) -> str:
@@ -142,6 +255,16 @@ def make_copies(config: Shrink) -> str:
     options = shrink.Options(config.short_side, config.quality)
     report = shrink.shrink(config.source, config.out, options, config.engine, config.workers)
     return shrink.describe(report, config.source, config.out)
+
+
+VERBS: dict[str, tuple[type[Any], Callable[[Any], str]]] = {
+    "folder": (Folder, make_own),
+    "shards": (Shards, make_own),
+    "shrink": (Shrink, make_copies),
+    "report": (ShowReport, show_report),
+    "status": (ShowStatus, show_status),
+}
+"""First word of a command -> its flags, and what it does. Anything else is a recipe."""
 
 
 def _report(work: Callable[[], str]) -> None:

@@ -35,8 +35,8 @@ from training.data import batch_settings, open_data, open_loader
 from training.describe import describe
 from training.distributed import AgreedError, World, attempt, first_speaks, joined, place
 from training.ema import Ema
-from training.heap import keep_freed_memory
 from training.health import NON_FINITE_LIMIT, Advice, Skips, non_finite_run
+from training.heap import keep_freed_memory
 from training.held_out import ShardSet, local_folder, zero_shot_accuracy
 from training.initial import recorded_encoders, starting_encoders
 from training.metrics import BadSampleBudget, RunLog, log_line

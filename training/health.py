@@ -5,13 +5,16 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from pipeline.files import write_text
-from pipeline.loader import Loader
+
+if TYPE_CHECKING:  # the step's benchmark runs where the loader's libraries are missing
+    from pipeline.loader import Loader
 
 NON_FINITE_LIMIT = 20
 """Steps left out in a row after which the run stops."""
@@ -44,7 +47,7 @@ class Skips:
         return skipped, in_a_row
 
 
-def non_finite_run(step: int, run: Path, loader: Loader, sample_ids: npt.NDArray[np.int64]) -> str:
+def non_finite_run(step: int, run: Path, loader: "Loader", sample_ids: npt.NDArray[np.int64]) -> str:
     """Writes the samples of a batch, by shard and key, to the run folder. Returns the line to stop the run with."""
     rows = loader.reader.locate_ids(sample_ids)
     shards = loader.index.shards

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,14 +21,16 @@ from torch.utils.checkpoint import checkpoint
 from model.clip import CLIP
 
 from .distributed import World
-from .fields import Config
+
+if TYPE_CHECKING:  # the step's benchmark runs where the loader's libraries are missing
+    from .fields import Config
 
 # No buffer of the model changes. Releases of torch from 2.13 on warn of the name that those before know alone.
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _SYNC_NO_BUFFERS: Any = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 
 
-def spread(model: CLIP, config: Config, world: World) -> nn.Module:
+def spread(model: CLIP, config: "Config", world: World) -> nn.Module:
     """Returns what is to be called in place of the model, for its forward and backward passes over all ranks.
 
     With --shard the model's own parameters become DTensors: build the optimiser after it.
@@ -68,7 +70,7 @@ def spread(model: CLIP, config: Config, world: World) -> nn.Module:
     return replicas
 
 
-def layout(config: Config, world: World) -> str:
+def layout(config: "Config", world: World) -> str:
     """Returns, for a person, the ranks and how the model lies on them."""
     if world.size == 1:
         return "1" + (", so --shard has nothing to cut" if config.shard else "")
@@ -125,7 +127,7 @@ def _scalars(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.ndim == 0]
 
 
-def _settle(replicas: DistributedDataParallel, model: CLIP, config: Config) -> None:
+def _settle(replicas: DistributedDataParallel, model: CLIP, config: "Config") -> None:
     """Runs one pair forward and backward, and drops the gradients.
 
     DDP packs gradients anew after its first pass, and where three or more ranks add up a number, the order in which

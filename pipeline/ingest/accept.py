@@ -1,4 +1,4 @@
-"""A work list and what was downloaded for it in, a shard that training can trust out.
+"""A work list and the pictures of its rows in, a shard that training can trust out.
 
 Each picture is decoded once, by which it is proved; what comes out is upright RGB JPEG of the recipe's size. Every row
 of the list stands in the shard's parquet with its fate in `status`: `success`, or why it is not in the tar. The tar is
@@ -10,11 +10,9 @@ import hashlib
 import io
 import json
 import math
-import mmap
 import warnings
 from collections import Counter
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,11 +23,10 @@ import pyarrow.parquet as pq
 import simplejpeg
 from PIL import Image
 
-from .. import tar
 from ..files import replacing
-from ..scan import members_by_key
 from .blur import blur_boxes
-from .fates import RETRIED, SUCCESS, of_download, of_picture
+from .fates import RETRIED, SUCCESS, of_picture
+from .fetched import Fetched, Missing, Own, opened
 from .picture import FORMATS, MAX_JPEG_SIDE, Copy, Retouch, Unusable, copy_picture
 from .shards import writing_tar
 from .web_recipe import ResizeMode, WebRecipe
@@ -44,6 +41,7 @@ _OURS = (
     ("original_width", pa.int32()),
     ("original_height", pa.int32()),
     ("sha256", pa.string()),
+    ("change", pa.string()),
     ("attempt", pa.int32()),
     ("previous_status", pa.string()),
 )
@@ -84,6 +82,8 @@ class Job:
     license: str
     cut: Mapping[str, str] = field(default_factory=dict[str, str])
     """URL -> why the proxy broke its answer off."""
+    own: Own | None = None
+    """Where the pictures of own data lie; None: they were downloaded."""
 
     @property
     def tar(self) -> Path:
@@ -103,6 +103,7 @@ class Report:
     previous: dict[str, int] = field(default_factory=dict[str, int])
     """Of rows that were tried before: their fate then -> rows."""
     downloaded_bytes: int = 0
+    """Of the pictures as they came, or were read."""
     shard_bytes: int = 0
     """Of the tar; 0 where no row was successful, and there is none."""
 
@@ -128,18 +129,11 @@ def accept(job: Job) -> Report:
     rows: list[dict[str, Any]] = table.to_pylist()
     results = [_blank(job, row) for row in rows]
     downloaded = shard_bytes = 0
-    with _staged(job.staged) as (said, images):
-        if any(row["row"] in images for row in rows):
-            with writing_tar(job.tar) as out:
-                for i, (row, result) in enumerate(zip(rows, results, strict=True)):
-                    if row["status"] is None and (image := images.get(row["row"])) is not None:
-                        downloaded += len(image)
-                        _add(out, f"{job.shard_id:05d}{i:04d}", row, result, bytes(image), job)
-        for row, result in zip(rows, results, strict=True):
-            if result["status"] is None:
-                error = said.get(row["row"]) or _LOST
-                fate = "lost" if error is _LOST else of_download(error, job.cut.get(row["url"]))
-                result |= {"status": fate, "error_message": error}
+    if any(row["status"] is None for row in rows):
+        with opened(job.staged, job.cut, job.own) as fetched, writing_tar(job.tar) as out:
+            for i, (row, result) in enumerate(zip(rows, results, strict=True)):
+                if row["status"] is None:
+                    downloaded += _add(out, f"{job.shard_id:05d}{i:04d}", row, result, fetched, job)
     fates = Counter(str(result["status"]) for result in results)
     if fates[SUCCESS]:
         shard_bytes = job.tar.stat().st_size
@@ -153,73 +147,50 @@ def accept(job: Job) -> Report:
 
 def _blank(job: Job, row: Mapping[str, Any]) -> dict[str, Any]:
     blank: dict[str, Any] = {name: None for name, _ in _OURS}
-    return blank | {"status": row["status"], "attempt": job.attempt, "previous_status": row.get("previous_status")}
-
-
-_LOST = "img2dataset left the row out"
-
-Staged = tuple[Mapping[int, str | None], Mapping[int, memoryview]]
-
-
-@contextmanager
-def _staged(stem: Path | None) -> Generator[Staged]:
-    """Gives img2dataset's word on each row it has, and the bytes of those that came."""
-    if stem is None:
-        yield {}, {}
-        return
-    columns = pq.read_table(stem.with_suffix(".parquet"), columns=["row", "key", "error_message"]).to_pydict()
-    said = dict(zip(columns["row"], columns["error_message"], strict=True))
-    rows = dict(zip(columns["key"], columns["row"], strict=True))
-    path = stem.with_suffix(".tar")
-    with path.open("rb") as file:
-        if not path.stat().st_size:
-            yield said, {}
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            groups, _ = members_by_key(mapped)
-            found: dict[int, tar.Member] = {
-                rows[key]: member for key, group in groups.items() for extension, member in group if extension == "jpg"
-            }
-            view = memoryview(mapped)
-            images = {row: view[member.offset : member.offset + member.size] for row, member in found.items()}
-            try:
-                yield said, images
-            finally:
-                for image in images.values():
-                    image.release()
-                view.release()
+    known = {name: row.get(name) for name in ("status", "error_message", "previous_status")}
+    return blank | known | {"attempt": job.attempt}
 
 
 def _add(
-    out: Any, key: str, row: Mapping[str, Any], result: dict[str, Any], image: bytes, job: Job
-) -> None:  # fmt: skip
-    """Adds a row's sample to the tar, or says in `result` why not."""
+    out: Any, key: str, row: Mapping[str, Any], result: dict[str, Any], fetched: Fetched, job: Job
+) -> int:  # fmt: skip
+    """Adds a row's sample to the tar, or says in `result` why not; returns the bytes of the picture as it came."""
+    try:
+        image = fetched.image(row)
+    except Missing as missing:
+        result |= {"status": missing.fate, "error_message": str(missing)}
+        return 0
     result["sha256"] = hashlib.sha256(image).hexdigest()
     kind = job.rules.hash_kind
     if kind:
         digest = result["sha256"] if kind == "sha256" else hashlib.new(kind, image).hexdigest()
         if (expected := str(row["hash"] or "").lower()) != digest:
             result |= {"status": "hash mismatch", "error_message": f"{digest} is not {expected or 'given'}"}
-            return
+            return len(image)
     try:
         jpeg, copy = make_picture(image, job.rules, row.get("face_boxes") or [])
     except Unfit as unfit:
         result |= {"status": unfit.fate, "error_message": str(unfit)}
-        return
+        return len(image)
     except Unusable as reason:
         result |= {"status": of_picture(str(reason)), "error_message": str(reason)}
-        return
+        return len(image)
     result |= {
         "status": SUCCESS,
         "width": copy.width,
         "height": copy.height,
         "original_width": copy.original_width,
         "original_height": copy.original_height,
+        "change": copy.change,
     }
     details = {name: _plain(value) for name, value in {**row, **result}.items() if name not in _NOT_IN_JSON}
     details |= {"key": key, "license": job.license}
-    text = json.dumps(details, ensure_ascii=False, default=str).encode()
-    out.write({"__key__": key, "jpg": jpeg, "txt": row["caption"].encode(), "json": text})
+    members, known = fetched.extras(row)
+    if not job.license and "license" in known:
+        details["license"] = known["license"]
+    text = json.dumps({**known, **details}, ensure_ascii=False, default=str).encode()
+    out.write({"__key__": key, **members, "jpg": jpeg, "txt": row["caption"].encode(), "json": text})
+    return len(image)
 
 
 def _plain(value: Any) -> Any:
@@ -227,7 +198,8 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_NOT_IN_JSON = frozenset(("error_message", "previous_status", "attempt", "face_boxes"))
+_NOT_IN_JSON = frozenset(("error_message", "previous_status", "attempt", "change", "face_boxes", "members"))
+_NOT_IN_PARQUET = frozenset(("members",))
 
 
 class Unfit(Unusable):
@@ -282,7 +254,7 @@ def _same(picture: Image.Image) -> Image.Image:
 def _write(job: Job, table: Any, results: list[dict[str, Any]], report: Report) -> None:
     keys = pa.array([f"{job.shard_id:05d}{i:04d}" for i in range(table.num_rows)])
     ours = {name: pa.array([result[name] for result in results], kind) for name, kind in _OURS}
-    theirs = {name: table[name] for name in table.column_names if name not in ours}
+    theirs = {name: table[name] for name in table.column_names if name not in ours and name not in _NOT_IN_PARQUET}
     columns = {"key": keys, **theirs, **ours}
     metadata = {REPORT_KEY: json.dumps(asdict(report)).encode()}
     with replacing(job.parquet) as file:

@@ -1,14 +1,16 @@
-"""An emoji recipe in, three shard sets out: train, zero_shot and retrieval.
+"""An emoji recipe in, its shard sets out: train, zero_shot, retrieval and, where asked for, retrieval_seen.
 
 `train` holds every style but the held-out ones, as single pictures and as scenes, shuffled; `zero_shot` holds the
-held-out pictures with their names as classes; `retrieval` holds scenes in the held-out styles. Every choice is a pure
-function of (seed, split, sample), made before anything is drawn, so processes and interruptions change no byte.
+held-out pictures with their names as classes; `retrieval` holds scenes in the held-out styles, `retrieval_seen` further
+ones in the styles of training. Every choice is a pure function of (seed, split, sample), made before anything is drawn,
+so processes and interruptions change no byte.
 """
 
 import enum
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from tqdm import tqdm
 
 from ..files import only_writer, write_text
 from .art import Picture, check_renderer, collect
+from .groups import plan_groups
 from .npm import cache_dir, fetch_all
 from .recipe import EmojiRecipe, differences, record
 from .scenes import Placed, Scene, paint, plan_portrait, plan_scene, plan_single
@@ -29,6 +32,11 @@ DRAWING = 2
 
 MAX_CAPTION_ATTEMPTS = 1000
 
+_LATER_KEYS = ("seen_retrieval_scenes", "scenes", "names")
+"""Keys that recipe.json holds only where they are not at their defaults, so that older folders are still known."""
+
+_PLANS = {"spread": plan_scene, "grouped": plan_groups}
+
 
 class Stream(enum.IntEnum):
     """What random numbers are for: two streams never share a key."""
@@ -37,6 +45,7 @@ class Stream(enum.IntEnum):
     SCENE = 1
     RETRIEVAL = 2
     ORDER = 3
+    SEEN = 4
 
 
 def make(recipe: EmojiRecipe, out: Path, workers: int) -> dict[str, Any]:
@@ -81,15 +90,23 @@ def finished(out: Path) -> dict[str, Any] | None:
 
 def plan_splits(recipe: EmojiRecipe, pictures: Sequence[Picture]) -> dict[str, list[Scene]]:
     """Returns every sample of each split, planned but not drawn. pictures: those of all styles of the recipe."""
+    if recipe.names:
+        if unknown := sorted(set(recipe.names) - {picture.name for picture in pictures}):
+            raise ValueError(f'names: no picture is called "{unknown[0]}"; labels are those of {recipe.labels.package}')
+        pictures = [picture for picture in pictures if picture.name in recipe.names]
     held_out = {style.style for style in recipe.styles if style.split == "held_out"}
     train = [picture for picture in pictures if picture.style not in held_out]
     unseen = [picture for picture in pictures if picture.style in held_out]
     class_ids = {name: i for i, name in enumerate(dict.fromkeys(picture.name for picture in unseen))}
-    return {
+    splits = {
         "train": _plan_train(recipe, train),
         "zero_shot": [plan_portrait(picture, class_ids[picture.name], recipe.image_size) for picture in unseen],
-        "retrieval": _plan_retrieval(recipe, _by_style(unseen)),
+        "retrieval": _plan_retrieval(recipe, _by_style(unseen), Stream.RETRIEVAL, recipe.retrieval_scenes),
     }
+    if recipe.seen_retrieval_scenes:
+        seen = _plan_retrieval(recipe, _by_style(train), Stream.SEEN, recipe.seen_retrieval_scenes)
+        splits["retrieval_seen"] = seen
+    return splits
 
 
 def draw_sample(scene: Scene, recipe: EmojiRecipe) -> Sample:
@@ -132,22 +149,25 @@ def _plan_train(recipe: EmojiRecipe, pictures: Sequence[Picture]) -> list[Scene]
     styles = _by_style(pictures)
     for i in range(recipe.train_scenes):
         rng = _random(seed, Stream.SCENE, i)
-        scenes.append(plan_scene(rng, styles[int(rng.integers(len(styles)))], size))
+        scenes.append(_PLANS[recipe.scenes](rng, styles[int(rng.integers(len(styles)))], size))
     order = _random(seed, Stream.ORDER, 0).permutation(len(scenes))
     return [scenes[int(i)] for i in order]
 
 
-def _plan_retrieval(recipe: EmojiRecipe, styles: Sequence[Sequence[Picture]]) -> list[Scene]:
+def _plan_retrieval(
+    recipe: EmojiRecipe, styles: Sequence[Sequence[Picture]], stream: Stream, num_scenes: int
+) -> list[Scene]:
     """Returns scenes whose captions are all different, so that each caption has one right image."""
     scenes: dict[str, Scene] = {}
-    for i in range(recipe.retrieval_scenes):
+    for i in range(num_scenes):
         for attempt in range(MAX_CAPTION_ATTEMPTS):
-            rng = _random(recipe.seed, Stream.RETRIEVAL, i, attempt)
-            scene = plan_scene(rng, styles[int(rng.integers(len(styles)))], recipe.image_size)
+            rng = _random(recipe.seed, stream, i, attempt)
+            scene = _PLANS[recipe.scenes](rng, styles[int(rng.integers(len(styles)))], recipe.image_size)
             if scenes.setdefault(scene.caption, scene) is scene:
                 break
         else:
-            raise ValueError(f"retrieval_scenes = {recipe.retrieval_scenes} is more than these pictures can tell apart")
+            key = "retrieval_scenes" if stream is Stream.RETRIEVAL else "seen_retrieval_scenes"
+            raise ValueError(f"{key} = {num_scenes} is more than these pictures can tell apart")
     return list(scenes.values())
 
 
@@ -166,7 +186,9 @@ def _describe(placed: Placed, box: tuple[int, int, int, int]) -> dict[str, Any]:
 
 def _origin(recipe: EmojiRecipe) -> dict[str, Any]:
     """Returns all that decides what is drawn, as recipe.json keeps it."""
-    return {"drawing": DRAWING, **record(recipe)}
+    defaults = {field.name: field.default for field in fields(recipe) if field.name in _LATER_KEYS}
+    kept = {key: value for key, value in record(recipe).items() if getattr(recipe, key) != defaults.get(key, ...)}
+    return {"drawing": DRAWING, **kept}
 
 
 def _refuse_other_data(recipe: EmojiRecipe, out: Path) -> None:

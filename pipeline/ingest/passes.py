@@ -1,17 +1,20 @@
-"""The passes over the web that a folder has seen, and what became of its rows over all of them.
+"""The passes over the web that a folder has seen (over own data, one), and what became of its rows over all of them.
 
 `_work/pass-1`, `_work/pass-2` and so on hold the work lists of each. A row stands in one list of the first pass, and in
 one of each later pass that tried it again; it counts by its last fate.
 """
 
+import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .accept import finished
 from .fates import RETRIED, SUCCESS
+from .recipe import differences
 from .select import Plan, list_path, read_plan
 
 
@@ -47,6 +50,32 @@ class Passes:
         return made
 
 
+def refuse_other_data(out: Path, passes: Passes, origin: Mapping[str, Any], unsaid: Collection[str] = ()) -> None:
+    """Raises ValueError when `out` is made from something else, or holds files that no ingestion made.
+
+    origin: all that decides what is made; unsaid: of that, what the command leaves as it was.
+    """
+    record = out / "recipe.json"
+    if passes.current is None:
+        # Nothing was selected yet: a recipe that did not fit the metadata may be corrected.
+        strangers = sorted(entry.name for entry in out.glob("*") if not _is_beginning(entry.name))
+        if strangers:
+            raise ValueError(f"{out} holds other files ({strangers[0]}, ...); choose an empty --out")
+        return
+    try:
+        made = json.loads(record.read_text())
+    except (OSError, ValueError):
+        raise ValueError(f"{record} cannot be read; delete {out} and run the same command again") from None
+    here = {**origin, **{name: made.get(name) for name in unsaid}}
+    if found := differences(made, here):
+        raise ValueError(f"{out} was made otherwise: {'; '.join(found)}; choose another --out or delete {out}")
+
+
+def _is_beginning(name: str) -> bool:
+    half_written = name.startswith("recipe.json.") and name.endswith(".partial")
+    return name in (".lock", "_work", "recipe.json") or half_written
+
+
 @dataclass(frozen=True)
 class Summary:
     """What became of every row."""
@@ -59,6 +88,8 @@ class Summary:
     shard_bytes: int
     downloaded_bytes: int
     passes: int
+    problems: dict[str, str] = field(default_factory=dict[str, str])
+    """Of own shards: file -> what is wrong with it as a whole."""
 
     @property
     def retryable(self) -> int:
@@ -80,7 +111,8 @@ def summarise(out: Path, passes: Passes) -> Summary:
     first = passes.plans[0]
     ordered = {fate: number for fate, number in fates.most_common() if number}
     return Summary(
-        first.rows, first.rows_read, first.filtered_out, ordered, shards, shard_bytes, downloaded, passes.number
+        first.rows, first.rows_read, first.filtered_out, ordered, shards, shard_bytes, downloaded, passes.number,
+        first.problems,
     )  # fmt: skip
 
 
@@ -89,12 +121,13 @@ def describe(summary: Summary, out: Path) -> str:
     good = summary.fates.get(SUCCESS, 0)
     lines = [
         f"{out}: {good:,} pairs in {summary.shards:,} shards, {summary.shard_bytes / 1e6:,.1f} MB "
-        f"({summary.downloaded_bytes / 1e6:,.1f} MB downloaded)",
+        f"(from {summary.downloaded_bytes / 1e6:,.1f} MB)",
         f"{summary.rows:,} of {summary.rows_read:,} rows selected, {good / max(summary.rows, 1):.1%} of them kept",
     ]
     lost = [f"{number:,} {fate}" for fate, number in summary.fates.items() if fate != SUCCESS]
     if lost:
         lines.append(f"left out {summary.rows - good:,}: {', '.join(lost)}")
+    lines += [f"{name}: {problem}; what stood behind is lost" for name, problem in summary.problems.items()]
     if summary.retryable:
         lines.append(f"{summary.retryable:,} may go well another time: the same command with --retry")
     return "\n".join(lines)

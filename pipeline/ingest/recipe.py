@@ -86,7 +86,7 @@ class EmojiRecipe:
     seen_retrieval_scenes: int = 0
     """As many in the training styles, which training does not show: the set `retrieval_seen`."""
     scenes: Literal["spread", "grouped"] = "spread"
-    """`spread`: one to four pictures on a background. `grouped`: small things, counted and placed; no background said."""
+    """`spread`: one to four pictures on a background. `grouped`: small things, counted and placed."""
     names: tuple[str, ...] = ()
     """Only pictures of these names; by default all."""
 

@@ -146,8 +146,12 @@ def paint(scene: Scene, image_size: int, trim: bool = True) -> tuple[Pixels, lis
     """
     canvas = paint_background(scene.background, image_size)
     boxes: list[tuple[int, int, int, int]] = []
+    inks: dict[tuple[str, int], Pixels] = {}
     for placed in scene.placed:
-        ink = render(placed.picture, placed.side, trim)
+        key = (placed.picture.url, placed.side)
+        if key not in inks:
+            inks[key] = render(placed.picture, placed.side, trim)
+        ink = inks[key]
         height, width = ink.shape[:2]
         left, top = placed.left + (placed.side - width) // 2, placed.top + (placed.side - height) // 2
         window = canvas[top : top + height, left : left + width]

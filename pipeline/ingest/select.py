@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,8 @@ class Plan:
     filtered_out: int
     statuses: dict[str, int] = field(default_factory=dict[str, int])
     """Of rows that will not be asked for."""
+    problems: dict[str, str] = field(default_factory=dict[str, str])
+    """Of own shards: file -> what is wrong with it as a whole."""
 
     @property
     def lists(self) -> range:
@@ -122,10 +124,26 @@ class Batch:
     """An Arrow expression on the table, or None."""
 
 
+class Wanted(Protocol):
+    """What to read of metadata files: a web recipe, or whatever else names columns."""
+
+    @property
+    def metadata(self) -> str: ...
+    @property
+    def header(self) -> tuple[str, ...]: ...
+    @property
+    def filter(self) -> str: ...
+    @property
+    def needed(self) -> tuple[str, ...]: ...
+    @property
+    def advice(self) -> str: ...
+    def candidates(self, name: str) -> tuple[str, ...]: ...
+
+
 class Source:
     """The metadata files of a recipe, read one after another. Raises ValueError in one line for what does not fit."""
 
-    def __init__(self, recipe: WebRecipe, metadata: Sequence[Path]) -> None:
+    def __init__(self, recipe: Wanted, metadata: Sequence[Path]) -> None:
         self._recipe = recipe
         self.files = [file for path in metadata for file in _files(path)]
         if not self.files:
@@ -180,8 +198,8 @@ class _File:
             self._reader = pa_csv.open_csv(path, read, parse, convert)
             self._schema = self._reader.schema
 
-    def bind(self, recipe: WebRecipe) -> None:
-        self.columns = {name: _column(name, recipe.candidates(name), self._schema.names) for name in recipe.needed}
+    def bind(self, recipe: Wanted) -> None:
+        self.columns = {name: _column(name, recipe, self._schema.names) for name in recipe.needed}
         self.filter = Filter(recipe.filter).bind(self._schema, self.columns) if recipe.filter else None
 
     def batches(self) -> Iterable[Any]:
@@ -206,12 +224,12 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _column(name: str, candidates: Sequence[str], there: Sequence[str]) -> str:
+def _column(name: str, recipe: Wanted, there: Sequence[str]) -> str:
+    candidates = recipe.candidates(name)
     if (found := next((candidate for candidate in candidates if candidate in there), None)) is None:
         looked = " or ".join(f'"{candidate}"' for candidate in candidates)
         raise ValueError(
-            f"the metadata have no column {looked} for {name}; they have: {', '.join(there)}. "
-            "Correct `columns` in the recipe"
+            f"the metadata have no column {looked} for {name}; they have: {', '.join(there)}. {recipe.advice}"
         )
     return found
 

@@ -50,7 +50,7 @@ def shrink(source: Path, out: Path, options: Options, engine: Engine = "local", 
     workers: None takes every core. Raises ValueError in one line where there is nothing to copy, and where `out` holds
     something else or another process writes to it.
     """
-    tars = _find_shards(source)
+    tars = find_shards(source)
     if out.resolve() == source.resolve():
         raise ValueError(f"--out {out} is the source itself; choose another folder for the copies")
     origin = {"copying": COPYING, "source": str(source.resolve()), **asdict(options)}
@@ -99,7 +99,8 @@ def describe(report: Report, source: Path, out: Path) -> str:
     return "\n".join(lines)
 
 
-def _find_shards(source: Path) -> list[Path]:
+def find_shards(source: Path) -> list[Path]:
+    """Returns the shards in a folder, in order. Raises ValueError, in one line, where there are none."""
     if not source.is_dir():
         raise ValueError(f"{source}: no such folder; give one that holds NNNNN.tar shards")
     if not (tars := sorted(path for path in source.glob("*.tar") if path.is_file())):

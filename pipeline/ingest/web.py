@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from ..files import only_writer, write_text
 from ..workers import WorkerPool
 from .accept import Job, Report, Rules, accept, finished, retryable
 from .environment import check_engine, python
-from .fates import RETRIED, SUCCESS
+from .fates import RETRIED
 from .img2dataset import Download, Proxy, Settings
-from .passes import Passes, Summary, summarise
-from .recipe import differences, record
+from .passes import Passes, Summary, refuse_other_data, summarise
+from .progress import Progress
+from .recipe import record
 from .select import Plan, describe_files, finish, list_path, select, write_lists
 from .shards import clear_left_overs
 from .web_recipe import WebRecipe
@@ -47,7 +47,6 @@ MAX_FAILED_STARTS = 3
 ENDING_S = {"multiprocessing": 0.0, "pyspark": 20.0, "ray": 20.0}
 """How long img2dataset may take to end after its last list; an engine's own processes are better ended by it."""
 _TICK_S = 0.2
-_BEAT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,8 @@ def make(recipe: WebRecipe, out: Path, options: Options) -> Summary:
     Raises ValueError in one line where the metadata, the folder, an engine or the network cannot be used.
     """
     passes = Passes(out / "_work")
-    _refuse_other_data(recipe, out, options, passes)
+    # The metadata need not be named again.
+    refuse_other_data(out, passes, _origin(recipe, options), () if options.metadata else ("--metadata",))
     if passes.current is None and not options.metadata:
         raise ValueError(f"--metadata is missing. {recipe.metadata}")
     binary = python()
@@ -125,7 +125,8 @@ def _run_pass(recipe: WebRecipe, out: Path, options: Options, binary: Path, pass
         return Job(list_path(lists, list_id), staged, out, list_id, passes.number, rules, recipe.license, cut)
 
     pool = WorkerPool(options.workers)
-    with Progress(plan.rows, [report for report in reports.values() if report is not None]) as progress:
+    done = [report for report in reports.values() if report is not None]
+    with Progress(plan.rows, done, work, "downloading") as progress:
         accepting = Accepting(pool, progress)
         try:
             with Proxy(options.download, work / "proxy.jsonl") as proxy:
@@ -203,7 +204,7 @@ def _round(batch: Sequence[int], lists: Path, staging: Path, binary: Path, optio
 class Accepting:
     """Lists on their way through the worker processes into shards; what was staged for them goes when they are."""
 
-    def __init__(self, pool: WorkerPool, progress: "Progress") -> None:
+    def __init__(self, pool: WorkerPool, progress: Progress) -> None:
         self._pool = pool
         self.progress = progress
         self._running: dict[Future[Report], Job] = {}
@@ -228,49 +229,6 @@ class Accepting:
             self.reap()
 
 
-class Progress:
-    """One line: rows done of all, images and megabytes a second, the share that is kept, and the time left."""
-
-    def __init__(self, rows: int, reports: Iterable[Report]) -> None:
-        done = list(reports)
-        initial = sum(report.rows for report in done)
-        self._bar = tqdm(total=rows, initial=initial, unit=" rows", unit_scale=True, desc="downloading", smoothing=0.05)
-        self._started = self._shown = time.monotonic()
-        self._rows = initial
-        self._kept = sum(report.fates.get(SUCCESS, 0) for report in done)
-        self._images = self._bytes = 0
-
-    def add(self, report: Report) -> None:
-        kept = report.fates.get(SUCCESS, 0)
-        self._kept += kept
-        self._images += kept
-        self._rows += report.rows
-        self._bytes += report.downloaded_bytes
-        self._show(0)
-        self._bar.update(report.rows)
-
-    def beat(self, staged_bytes: int) -> None:
-        """Keeps the line alive while no list is finished; staged_bytes: of the lists in work."""
-        if time.monotonic() - self._shown > _BEAT_S:
-            self._show(staged_bytes)
-            self._bar.refresh()
-
-    def _show(self, staged_bytes: int) -> None:
-        self._shown = time.monotonic()
-        seconds = max(self._shown - self._started, 1e-9)
-        self._bar.set_postfix_str(
-            f"{self._images / seconds:,.0f} images/s, {(self._bytes + staged_bytes) / seconds / 1e6:,.1f} MB/s, "
-            f"{self._kept / max(self._rows, 1):.1%} kept",
-            refresh=False,
-        )
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-
 def _origin(recipe: WebRecipe, options: Options) -> dict[str, Any]:
     """Returns all that decides what is made, as recipe.json keeps it."""
     return {
@@ -279,25 +237,6 @@ def _origin(recipe: WebRecipe, options: Options) -> dict[str, Any]:
         "--metadata": describe_files(options.metadata),
         **record(recipe),
     }
-
-
-def _refuse_other_data(recipe: WebRecipe, out: Path, options: Options, passes: Passes) -> None:
-    """Raises ValueError when `out` is made from something else, or holds files that no recipe made."""
-    if passes.current is None:
-        # Nothing was selected yet: a recipe that did not fit the metadata may be corrected.
-        ours = {".lock", "_work", "recipe.json"}
-        if strangers := sorted(entry.name for entry in out.glob("*") if entry.name not in ours):
-            raise ValueError(f"{out} holds other files ({strangers[0]}, ...); choose an empty --out")
-        return
-    try:
-        made = json.loads((out / "recipe.json").read_text())
-    except (OSError, ValueError):
-        raise ValueError(f"{out / 'recipe.json'} cannot be read; delete {out} and run the same command again") from None
-    here = _origin(recipe, options)
-    if not options.metadata:
-        here["--metadata"] = made.get("--metadata")
-    if found := differences(made, here):
-        raise ValueError(f"{out} was made otherwise: {'; '.join(found)}; choose another --out or delete {out}")
 
 
 def _last_line(log: Path) -> str:

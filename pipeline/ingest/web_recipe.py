@@ -97,6 +97,11 @@ class WebRecipe:
         return tuple(dict.fromkeys([*names, *self.save, *(Filter(self.filter).names if self.filter else ())]))
 
     @property
+    def advice(self) -> str:
+        """What to do where a column is not found."""
+        return "Correct `columns` in the recipe"
+
+    @property
     def kept(self) -> tuple[str, ...]:
         """Our names of the columns that go into the work lists."""
         return tuple(name for name in self.needed if name in NAMES or name in self.save)
