@@ -345,6 +345,38 @@ def test_the_seed_decides_everything(cache: Path) -> None:
     assert more["retrieval"][:12] == plans["retrieval"]
 
 
+def test_grouped_scenes_of_some_names_and_a_set_of_seen_styles(cache: Path) -> None:
+    plain = make_collection(cache)
+    recipe = replace(plain, scenes="grouped", names=("red apple", "red heart"), seen_retrieval_scenes=15)
+    pictures = collect(recipe.labels, recipe.styles, fetch_all([recipe.labels, *recipe.styles], cache))
+    splits = emoji.plan_splits(recipe, pictures)
+    assert {split: len(scenes) for split, scenes in splits.items()} == {
+        "train": 4 + 20,
+        "zero_shot": 2,
+        "retrieval": 12,
+        "retrieval_seen": 15,
+    }
+    for split, scenes in splits.items():
+        placed = [item.picture for scene in scenes for item in scene.placed]
+        assert {picture.name for picture in placed} == {"red apple", "red heart"}
+        styles = {"plain", "shifted"} if split in ("train", "retrieval_seen") else {"outline"}
+        assert {picture.style for picture in placed} <= styles
+    assert len({scene.caption for scene in splits["retrieval_seen"]}) == 15
+    with pytest.raises(ValueError, match='names: no picture is called "aple"'):
+        emoji.plan_splits(replace(recipe, names=("red apple", "aple")), pictures)
+
+
+def test_a_folder_made_before_there_were_grouped_scenes_is_still_known(made: tuple[EmojiRecipe, Path]) -> None:
+    recipe, out = made
+    kept = json.loads((out / "recipe.json").read_text())
+    assert not {"scenes", "names", "seen_retrieval_scenes"} & kept.keys()
+    before = tree(out)
+    emoji.make(recipe, out, workers=1)
+    assert tree(out) == before
+    with pytest.raises(ValueError, match="was made by another recipe: .*names"):
+        emoji.make(replace(recipe, names=("red apple",)), out, workers=1)
+
+
 # The folder
 
 

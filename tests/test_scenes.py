@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.ingest.art import Picture
+from pipeline.ingest.groups import BIG, COUNTS, SMALL, plan_groups, plural
 from pipeline.ingest.scenes import (
     COLOURS,
     PLACES,
+    SINGLE_COLOURS,
     SIZES,
     Background,
     Placed,
@@ -195,3 +197,96 @@ def test_portraits_are_centred_on_white_and_carry_their_class() -> None:
 )
 def test_articles(noun: str, size: str, expected: str) -> None:
     assert with_article(noun, size) == expected
+
+
+# Grouped scenes
+
+GROUPED = [square(name) for name in ("cat", "rose", "bus", "butterfly", "umbrella", "tomato", "cactus", "octopus")]
+SAID = re.compile(
+    rf"(?P<count>an?|{'|'.join(COUNTS[1:])}) (?:(?P<size>small|big) )?(?P<noun>[a-z]+)(?: (?P<place>{'|'.join(PLACES)}))?"
+)
+BETWEEN = {"to the left of": (0, 1), "to the right of": (0, -1), "above": (1, 1), "below": (1, -1)}
+
+
+def plan_grouped(seed: int, image_size: int = 112, pictures: list[Picture] = GROUPED) -> Scene:
+    return plan_groups(np.random.default_rng(seed), pictures, image_size)
+
+
+@settings(deadline=None)
+@given(seeds, st.sampled_from([64, 112, 128]))
+def test_grouped_captions_say_how_many_how_big_and_where(seed: int, image_size: int) -> None:
+    scene = plan_grouped(seed, image_size)
+    groups: dict[str, list[Placed]] = {}
+    for item in scene.placed:
+        groups.setdefault(item.picture.name, []).append(item)
+    said, _, colour = scene.caption.rpartition(" on ")
+    assert (colour,) == scene.background.colours
+    assert colour in SINGLE_COLOURS
+    between = next((words for words in BETWEEN if f" {words} " in said), None)
+    parts = said.split(f" {between} ") if between else re.split(r", | and ", said)
+    assert len(parts) == len(groups)
+    centres: list[tuple[float, float]] = []
+    for part, (name, items) in zip(parts, groups.items(), strict=True):
+        found = SAID.fullmatch(part)
+        assert found is not None, part
+        assert found["noun"] == (name if len(items) == 1 else plural(name))
+        assert found["count"] == (
+            with_article(name, items[0].size).split()[0] if len(items) == 1 else COUNTS[len(items) - 1]
+        )
+        assert (found["size"] or "") == items[0].size
+        assert (found["size"] is not None) == (len(items) == 1)
+        low, high = BIG if items[0].size == "big" else SMALL
+        assert low * image_size - 1 <= items[0].side <= high * image_size + 1
+        assert len({(item.place, item.side) for item in items}) == 1
+        assert found["place"] == (None if between else items[0].place)
+        for item in items:
+            column, row = ((start + item.side / 2) * 3 / image_size for start in (item.left, item.top))
+            assert PLACES[int(row) * 3 + int(column)] == item.place
+        centres.append((sum(i.left + i.side / 2 for i in items), sum(i.top + i.side / 2 for i in items)))
+        centres[-1] = (centres[-1][0] / len(items), centres[-1][1] / len(items))
+    if between:
+        axis, direction = BETWEEN[between]
+        assert (centres[1][axis] - centres[0][axis]) * direction > image_size / 5
+        assert abs(centres[1][1 - axis] - centres[0][1 - axis]) < image_size / 10
+
+
+@settings(deadline=None)
+@given(seeds)
+def test_grouped_things_lie_apart_inside_the_image(seed: int) -> None:
+    scene = plan_grouped(seed)
+    covered = np.zeros((112, 112), int)
+    for item in scene.placed:
+        assert min(item.left, item.top) >= 0
+        assert max(item.left, item.top) + item.side <= 112
+        covered[item.top : item.top + item.side, item.left : item.left + item.side] += 1
+    assert covered.max() == 1
+
+
+def test_grouped_scenes_are_of_many_kinds() -> None:
+    scenes = [plan_grouped(seed) for seed in range(400)]
+    captions = [scene.caption for scene in scenes]
+    for word in (*COUNTS[1:], *BETWEEN, *PLACES, "small", "big", *SINGLE_COLOURS):
+        assert any(word in caption for caption in captions), word
+    assert len(set(captions)) > 380
+    assert plan_grouped(5) == plan_grouped(5)
+    assert len({item.picture.name for item in plan_grouped(3, pictures=GROUPED[:1]).placed}) == 1
+
+
+@pytest.mark.parametrize(
+    ("noun", "expected"),
+    [
+        ("cat", "cats"),
+        ("bus", "buses"),
+        ("fox", "foxes"),
+        ("witch", "witches"),
+        ("cherry", "cherries"),
+        ("key", "keys"),
+        ("tomato", "tomatoes"),
+        ("mouse", "mice"),
+        ("scissors", "scissors"),
+        ("red apple", "red apples"),
+        ("bowl with spoon", "bowls with spoon"),
+    ],
+)
+def test_plurals(noun: str, expected: str) -> None:
+    assert plural(noun) == expected

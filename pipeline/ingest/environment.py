@@ -25,19 +25,33 @@ ENGINES = {"pyspark": "pyspark>=3.5,<5", "ray": "ray>=2.40,<3"}
 _MARK = ".installed"
 
 
+def is_ready() -> bool:
+    """Returns whether the environment is there, as its requirements are."""
+    return (FOLDER / "bin" / "python").exists() and _installed() == _wanted()
+
+
+def _wanted() -> str:
+    return hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
+
+
+def _installed() -> str | None:
+    try:
+        return (FOLDER / _MARK).read_text()
+    except FileNotFoundError:
+        return None
+
+
 def python() -> Path:
     """Returns the environment's Python, made first if it is missing or older than its requirements.
 
     Raises ValueError in one line where pip fails.
     """
-    wanted = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
-    mark = FOLDER / _MARK
     binary = FOLDER / "bin" / "python"
     FOLDER.mkdir(exist_ok=True)
     with (FOLDER / ".lock").open("a") as lock:
         # Two commands on a fresh clone: the second waits for the first.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if mark.exists() and mark.read_text() == wanted and binary.exists():
+        if is_ready():
             return binary
         print(f"making {FOLDER} for img2dataset (a minute or two, once)", file=sys.stderr)
         if not binary.exists():
@@ -48,7 +62,7 @@ def python() -> Path:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             reason = lines[-1] if lines else "pip failed"
             raise ValueError(f"{FOLDER} cannot be made: {reason}; run the same command again")
-        write_text(mark, wanted)
+        write_text(FOLDER / _MARK, _wanted())
     return binary
 
 
