@@ -1,4 +1,5 @@
 """Trains a CLIP on short token sequences: `python train.py --tokens 16`. The same command again resumes.
+With `--doctor`, it says what would hold that run up on this machine (docs/doctor.md), and trains nothing.
 
 On several GPUs or processes: `torchrun --nproc-per-node 8 train.py ...`; on torchrun's --max-restarts it resumes too.
 The loop stands here, top to bottom: next batch, forward, loss, backward, step, log. What it is made of is in
@@ -55,10 +56,16 @@ SWITCH_INTERVAL = 0.0005
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 finished, 2 for what the user can mend, 3 where another rank was lost (training.peers),
     130 interrupted by Ctrl-C or SIGTERM (after a checkpoint, if any)."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if "--doctor" in given:
+        # Its probes are benchmarks, which a run never imports.
+        from benchmarks.doctor import main as examined
+
+        return examined([argument for argument in given if argument != "--doctor"])
     world, met = place(), False
     try:
         with first_speaks(world), contextlib.ExitStack() as held:
-            stages = parse(sys.argv[1:] if arguments is None else arguments, __doc__ or "")
+            stages = parse(given, __doc__ or "")
             sys.setswitchinterval(SWITCH_INTERVAL)
             cuda = torch.cuda.is_available()
             held.enter_context(joined(world, resolved_device(stages[0].device, cuda=cuda)))

@@ -121,7 +121,7 @@ def test_presets_follow_the_base_rate_rule_and_open_with_their_command(path: Pat
     assert "train.py --preset training/presets/" + path.name in head
     assert "Hardware: " in head
     table = tomllib.loads(text)
-    if "stages" in table:
+    if path.stem.startswith(("clipa", "sweep")):
         merged = [{**table, **stage} for stage in table["stages"].values()]
         assert all("base_lr" in stage and "warmup_samples" in stage for stage in merged)
         assert all(stage["warmup_samples"] < stage["samples"] for stage in merged)
