@@ -178,7 +178,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     verb = arguments[0] if arguments else ""
     if verb not in VERBS:
-        recipe = tyro.cli(Ingest, args=arguments, description=__doc__)
+        # A line for each command: one break alone would be taken for a space.
+        recipe = tyro.cli(Ingest, args=arguments, description=(__doc__ or "").replace("\npython", "\n\npython"))
         _report(lambda: make_shards(recipe))
         return
     kind, work = VERBS[verb]

@@ -49,9 +49,9 @@ def recipe(**changes: Any) -> WebRecipe:
     return WebRecipe(metadata="ask someone", license="none", save=("name",), **changes)
 
 
-def options(path: Path | None, **changes: Any) -> web.Options:
+def options(path: Path | None, processes: int = 2, **changes: Any) -> web.Options:
     settings = img2dataset.Settings(
-        processes=2, threads=32, timeout_s=1, deadline_s=3, per_host=100, allow_loopback=True
+        processes=processes, threads=32, timeout_s=1, deadline_s=3, per_host=100, allow_loopback=True
     )
     return web.Options((path,) if path else (), download=settings, **changes)
 
@@ -129,7 +129,7 @@ def right(row: dict[str, Any], expected: Row) -> bool:
 def test_what_is_good_is_in_a_shard_and_nothing_else(tmp_path: Path, fresh: Web) -> None:
     """The whole way, without the troubles that take their time."""
     expected = [row for row in steady(fresh) if not row.name.startswith(("too-large", "bomb"))][::3]
-    run_and_check(tmp_path, fresh, expected)
+    run_and_check(tmp_path, fresh, expected, processes=1)
 
 
 @pytest.mark.slow
@@ -137,10 +137,10 @@ def test_every_row_has_one_fate_and_nothing_bad_is_in_a_shard(tmp_path: Path, fr
     run_and_check(tmp_path, fresh, fresh.rows()[80:])  # forty pictures will do
 
 
-def run_and_check(folder: Path, fresh: Web, expected: list[Row]) -> None:
+def run_and_check(folder: Path, fresh: Web, expected: list[Row], processes: int = 2) -> None:
     metadata, out = folder / "m.parquet", folder / "out"
     write_metadata(metadata, expected)
-    summary = web.make(recipe(min_image_size=16), out, options(metadata))
+    summary = web.make(recipe(min_image_size=16), out, options(metadata, processes))
     rows = rows_of(out)
     assert [row["row"] for row in rows] == list(range(len(expected)))
     assert sum(pq.read_metadata(path).num_rows for path in out.glob("[0-9]*.parquet")) == len(expected)
