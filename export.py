@@ -39,6 +39,8 @@ class Export:
     """A run folder, such as runs/demo."""
     out: Path
     """The file to write, FOLDER/NAME.safetensors; the folder then holds one model."""
+    ema: bool = False
+    """The moving average of the weights, which a run with --ema keeps, instead of the weights."""
     vocabulary: Path | None = None
     """The vocabulary file of the tokenizer, whose files go with the weights; by default an installed package's."""
     format: Literal["open_clip", "huggingface"] = "open_clip"
@@ -70,7 +72,7 @@ def export(config: Export) -> None:
             f"--out {config.out}: {folder} holds {sorted(others)[0]} too, and open_clip would not know which to load; "
             "give a folder of its own"
         )
-    weights = read_run(config.run)
+    weights = read_run(config.run, ema=config.ema)
     model, grid, text_tokens = weights.config, weights.grid, weights.text_tokens
     bias = weights.logit_bias
     if config.format == "huggingface":

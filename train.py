@@ -9,6 +9,7 @@ pipeline/ (batches), model/ (encoders, loss) and training/ (the rest).
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import os
@@ -36,7 +37,7 @@ from training.data import batch_settings, open_data, open_loader
 from training.describe import describe
 from training.distributed import AgreedError, World, attempt, first_speaks, joined, place
 from training.ema import Ema
-from training.health import NON_FINITE_LIMIT, Advice, Skips, non_finite_run
+from training.health import NON_FINITE_LIMIT, Advice, Skips, non_finite_run, out_of_memory
 from training.heap import keep_freed_memory
 from training.held_out import ShardSet, local_folder, zero_shot_accuracy
 from training.initial import recorded_encoders, starting_encoders
@@ -45,7 +46,7 @@ from training.parallel import backward, layout, over_ranks, spread
 from training.peers import Peers, watched
 from training.rates import Rates
 from training.reporters import Reporters
-from training.resume import checkpoint_to_resume, clear, record, refuse_other_data
+from training.resume import JOB, checkpoint_to_resume, clear, job, left_open, record, refuse_other_data
 from training.schedule import learning_rate
 from training.signals import INTERRUPTED, StopSignal
 
@@ -70,25 +71,34 @@ def main(arguments: list[str] | None = None) -> int:
             cuda = torch.cuda.is_available()
             held.enter_context(joined(world, resolved_device(stages[0].device, cuda=cuda)))
             peers = held.enter_context(watched(world, stages[0].peer_timeout))
-            met = True
+            met, stop = True, StopSignal(among_others=world.size > 1)
             for number, stage in enumerate(stages, 1):
                 if stage.stage is not None:
                     print(f"stage     {stage.stage}, {number} of {len(stages)}")
+                if world.totals(stop.asked)[0]:
+                    print("interrupted before this stage; the same command goes on with it")
+                    return INTERRUPTED
                 with contextlib.ExitStack() as of_stage:
                     with world.agreed():
+                        kept = left_open(stage, restarted=attempt() > 0) if world.is_first else {}
+                    stage = dataclasses.replace(stage, **world.of_first(kept))
+                    with world.agreed():
+                        stage.check()
                         config = resolved(stage, cuda=cuda, world_size=world.size)
-                        if attempt():  # torchrun's new start of a run is no new run
-                            config = dataclasses.replace(config, resume="auto")
                         if world.is_first:
                             of_stage.enter_context(only_writer(config.run_folder))
-                    code = train(config, world, peers)
+                    code = train(config, world, peers, stop)
                 if code:
                     return code
+                gc.collect()  # blocks refer to themselves: the next stage needs their memory
             return 0
     except (ValueError, OSError) as error:
         # Before the ranks have met, those of a host mostly stumble over the same.
         if world.is_first or (not isinstance(error, AgreedError) if met else world.local_rank == 0):
             print(f"error: {f'rank {world.rank}: ' if world.rank else ''}{error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: {out_of_memory(error, world.rank)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if world.is_first:
@@ -96,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def train(config: Config, world: World, peers: Peers) -> int:
+def train(config: Config, world: World, peers: Peers, stop: StopSignal) -> int:
     """Trains, or goes on training, as a resolved config says; all ranks call it. Returns the exit code."""
     run, device = config.run_folder, torch.device(config.device)
     with world.agreed():
@@ -145,11 +155,12 @@ def train(config: Config, world: World, peers: Peers) -> int:
             step, config.total_steps, threads=config.threads, prefetch=config.prefetch, workers=config.workers
         )
         if world.is_first:
+            recorded = {**record(config), "encoders": to_json(encoders), JOB: job()}
+            reporters = Reporters(config.report_to, run, recorded, step)
             if last is None:
                 clear(run)
-            recorded = {**record(config), "encoders": to_json(encoders)}
             write_text(run / "config.json", json.dumps(recorded, indent=1) + "\n")
-            log = RunLog(run, step, with_ids=config.ledger, reporters=Reporters(config.report_to, run, recorded, step))
+            log = RunLog(run, step, with_ids=config.ledger, reporters=reporters)
 
     def encode(inputs: Inputs) -> Features:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -181,7 +192,7 @@ def train(config: Config, world: World, peers: Peers) -> int:
         run, keep=config.keep_checkpoints, milestone_every=config.milestone_every, rank=world.rank,
         world_size=world.size, nonce=world.of_first(secrets.token_hex(4)),
     )  # fmt: skip
-    with StopSignal(among_others=world.size > 1) as stop:
+    with stop:
         with writer, contextlib.closing(batches), log or contextlib.nullcontext():
             stopping = False
             while step < config.total_steps and not stopping:

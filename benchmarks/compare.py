@@ -13,6 +13,8 @@ from typing import Any, TypeGuard, cast
 
 import tyro
 
+from .command import exit_code
+
 _RANGE = "_range"
 _SPREAD = {"median", "low", "high"}
 _SIZES = ("tokens", "batch_size", "text_tokens", "image_size", "threads", "workers", "samples", "rank", "width")
@@ -39,17 +41,12 @@ Row = dict[str, Measure]
 Key = tuple[str, ...]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for files that cannot be compared."""
-    try:
-        config = tyro.cli(Compare, args=arguments, description=__doc__)
-        before, after = (_read(path) for path in (config.before, config.after))
-        lines = list(compare(before, after))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(lines))
-    return 0
+@exit_code
+def main(arguments: list[str] | None = None) -> None:
+    """Prints what changed."""
+    config = tyro.cli(Compare, args=arguments, description=__doc__)
+    before, after = (_read(path) for path in (config.before, config.after))
+    print("\n".join(list(compare(before, after))))
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:

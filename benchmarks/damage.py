@@ -5,7 +5,6 @@ is process CPU time. Damage is done once before the index is built, which finds 
 disks do.
 """
 
-import json
 import shutil
 import statistics
 import sys
@@ -26,88 +25,12 @@ from pipeline.loader import DecoderName, Loader, Settings
 from pipeline.order import Order, default_lanes
 
 from .cases import Case
+from .command import exit_code, write_json
+from .damages import DAMAGES, damage_images
 from .environment import environment
 
-Rng = np.random.Generator
 DamagedWhen = Literal["before the index", "after the index"]
 WHEN: tuple[DamagedWhen, ...] = ("before the index", "after the index")
-
-
-def _scan(jpeg: bytes) -> int:
-    """Where the entropy-coded data begin."""
-    at = 2
-    while True:
-        end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
-        if jpeg[at + 1] == 0xDA:
-            return end
-        at = end
-
-
-def _filled(start: bytes, size: int) -> bytes:
-    return start[:size] + bytes(max(0, size - len(start)))
-
-
-def truncated(jpeg: bytes, rng: Rng) -> bytes:
-    """Cut somewhere in its scan; the rest of its place in the shard is zeros."""
-    return _filled(jpeg[: int(rng.integers(_scan(jpeg), len(jpeg) - 2))], len(jpeg))
-
-
-def html(jpeg: bytes, rng: Rng) -> bytes:
-    """What a server answered instead."""
-    return _filled(b"<!DOCTYPE html><title>404 Not Found</title>", len(jpeg))
-
-
-def noise(jpeg: bytes, rng: Rng) -> bytes:
-    """A scan of random bytes between a good header and the end mark."""
-    start = _scan(jpeg)
-    return jpeg[:start] + rng.bytes(len(jpeg) - start - 2) + jpeg[-2:]
-
-
-def zeroed(jpeg: bytes, rng: Rng) -> bytes:
-    """The second half of the scan is zeros, but for the end mark: both decoders read past that, so it stays usable."""
-    start = (_scan(jpeg) + len(jpeg)) // 2
-    return jpeg[:start] + bytes(len(jpeg) - start - 2) + jpeg[-2:]
-
-
-def lost_sector(jpeg: bytes, rng: Rng) -> bytes:
-    """512 bytes, anywhere, are of another file."""
-    at = int(rng.integers(2, len(jpeg) - 2))
-    end = min(at + 512, len(jpeg))
-    return jpeg[:at] + rng.bytes(end - at) + jpeg[end:]
-
-
-def wrong_table(jpeg: bytes, rng: Rng) -> bytes:
-    """A component asks for a quantisation table that is not there."""
-    at = max(jpeg.find(b"\xff\xc0"), jpeg.find(b"\xff\xc2")) + 12
-    return jpeg[:at] + b"\x03" + jpeg[at + 1 :]
-
-
-def missing_table(jpeg: bytes, rng: Rng) -> bytes:
-    """The first quantisation table's segment is a comment."""
-    at = jpeg.find(b"\xff\xdb")
-    return jpeg[: at + 1] + b"\xfe" + jpeg[at + 2 :]
-
-
-def flipped(jpeg: bytes, rng: Rng) -> bytes:
-    """Twenty wrong bytes in the scan."""
-    content = bytearray(jpeg)
-    content_at = rng.integers(_scan(jpeg), len(jpeg) - 2, 20)
-    for at, value in zip(content_at.tolist(), rng.bytes(20), strict=True):
-        content[at] = value
-    return bytes(content)
-
-
-DAMAGES: tuple[Callable[[bytes, Rng], bytes], ...] = (
-    truncated,
-    html,
-    noise,
-    zeroed,
-    lost_sector,
-    wrong_table,
-    missing_table,
-    flipped,
-)
-"""Each keeps the size of the file, as damage on a disk does."""
 
 
 @dataclass(frozen=True)
@@ -171,28 +94,22 @@ class Row:
     clean_images_per_cpu_s: float
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for what the user can mend."""
+@exit_code
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the benchmark."""
     torch.set_num_threads(1)
-    try:
-        config = tyro.cli(Benchmark, args=arguments, description=__doc__)
-        before = environment()
-        rows = measure(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = tyro.cli(Benchmark, args=arguments, description=__doc__)
+    before = environment()
+    rows = measure(config)
     print(format_rows(rows))
-    if config.json:
-        result = {
-            "environment": before,
-            "data": str(config.data),
-            "share": config.share,
-            "damages": [f"{damage.__name__}: {damage.__doc__}" for damage in DAMAGES],
-            "rows": [asdict(row) for row in rows],
-        }
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        config.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    result = {
+        "environment": before,
+        "data": str(config.data),
+        "share": config.share,
+        "damages": [f"{damage.__name__}: {damage.__doc__}" for damage in DAMAGES],
+        "rows": [asdict(row) for row in rows],
+    }
+    write_json(config.json, result)
 
 
 def measure(config: Benchmark) -> list[Row]:
@@ -209,23 +126,6 @@ def measure(config: Benchmark) -> list[Row]:
         indexes: dict[DamagedWhen, Index] = {when: open_index([folders[when]]) for when in WHEN}
         damage_images(clean, folders[WHEN[1]], config.share)
         return [_row(config, name, clean, when, indexes[when]) for name in names for when in WHEN]
-
-
-def damage_images(index: Index, folder: Path, share: float) -> int:
-    """Damages that share of the images of a copy of the index's shards, each way equally often; returns how many."""
-    rng = np.random.default_rng(0)
-    chosen = rng.permutation(index.usable_ids())[: max(len(DAMAGES), round(index.num_usable * share))]
-    for number, sample in enumerate(chosen.tolist()):
-        shard, row = index.locate(sample)
-        rows = index.rows(shard)
-        offset, size = int(rows.image_offset[row]), int(rows.image_bytes[row])
-        with (folder / Path(index.shards[shard].path).name).open("r+b") as file:
-            file.seek(offset)
-            damaged = DAMAGES[number % len(DAMAGES)](file.read(size), rng)
-            assert len(damaged) == size, "damage keeps the size"
-            file.seek(offset)
-            file.write(damaged)
-    return len(chosen)
 
 
 def _row(config: Benchmark, decoder: DecoderName, clean: Index, damaged: DamagedWhen, index: Index) -> Row:

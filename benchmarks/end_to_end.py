@@ -8,14 +8,10 @@ than the machine has, another bound comes into it, all cores over the CPU time t
 `--trace FILE` writes a Chrome trace of the joint run; `--sweep` looks for the tokens at which the loader is the slower.
 """
 
-import contextlib
-import json
 import os
 import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,24 +21,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import tyro
-from torch.profiler import record_function
 
 from model.presets import ModelConfig, model_config
-from pipeline.batch import Batch
-from pipeline.index import open_index
-from pipeline.loader import DecoderName, Loader, Settings
-from pipeline.order import Order, default_lanes
+from pipeline.loader import DecoderName
 from pipeline.tokens import Geometry, ImageReduction, token_geometry
 from train import SWITCH_INTERVAL
-from training import optim
-from training.checkpoint_writer import CheckpointWriter
-from training.metrics import RunLog
 
+from .command import exit_code, write_json
 from .environment import environment
 from .step_crossing import Crossing, EndToEndRow, crossings, draw_crossing, format_crossings, format_end_to_end
-from .step_model import CACHED_BATCHES, Marks, Stepper, Turn
+from .step_joint import Joint, LoaderAndModel
+from .step_model import Turn
 from .step_report import spread
-from .trace import STEP, TracedLoader, trace
+from .trace import trace
 
 SWEEP_TOKENS = (4, 9, 16, 25, 36, 49, 100, 196)
 
@@ -117,8 +108,9 @@ class EndToEnd:
         return self.model_threads or max(1, (os.cpu_count() or 1) - self.threads)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for what the user can mend."""
+@exit_code
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the benchmark."""
     threads, interval = torch.get_num_threads(), sys.getswitchinterval()
     try:
         config = tyro.cli(EndToEnd, args=arguments, description=__doc__)
@@ -127,9 +119,6 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(config.torch_threads)
         sys.setswitchinterval(SWITCH_INTERVAL)
         rows = measure(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     finally:
         torch.set_num_threads(threads)
         sys.setswitchinterval(interval)
@@ -140,11 +129,8 @@ def main(arguments: list[str] | None = None) -> int:
     if config.plot:
         draw_crossing(rows, config.plot)
         print(f"picture: {config.plot}")
-    if config.json:
-        result = {"benchmark": "end_to_end", "environment": before, "rows": [asdict(row) for row in rows]}
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        config.json.write_text(json.dumps({**result, "crossings": [asdict(each) for each in found]}, indent=1) + "\n")
-    return 0
+    result = {"benchmark": "end_to_end", "environment": before, "rows": [asdict(row) for row in rows]}
+    write_json(config.json, {**result, "crossings": [asdict(each) for each in found]})
 
 
 def measure(config: EndToEnd) -> list[EndToEndRow]:
@@ -159,101 +145,11 @@ def measure(config: EndToEnd) -> list[EndToEndRow]:
     return found
 
 
-@dataclass(frozen=True)
-class _Joint:
-    """What a joint turn gave."""
-
-    turn: Turn
-    parts: list[dict[str, float]]
-    """Of each step, in ms."""
-
-
-class _Both:
-    """A loader and a model, which take their turns alone or joined."""
-
-    def __init__(self, config: EndToEnd, encoders: ModelConfig, geometry: Geometry, decoder: DecoderName) -> None:
-        self._config = config
-        index = open_index([config.data])
-        batch_size = config.batch_size
-        order = Order(index.shard_sizes, batch_size=batch_size, seed=0, lanes=default_lanes(batch_size))
-        device = torch.device(config.device)
-        settings = Settings(
-            geometry,
-            config.text_tokens,
-            decoder,
-            tokenizer=encoders.text.tokenizer,
-            device_id=0 if device.type == "cuda" else None,
-        )
-        self.loader: Loader = TracedLoader(index, order, settings)
-        cached = [self.loader.batch(step) for step in range(CACHED_BATCHES)]
-        self.stepper = Stepper(encoders, cached, device=device, precision=config.precision, compiled=config.compile)
-        self._next = 0
-
-    @contextlib.contextmanager
-    def batches(self, steps: int) -> Generator[Generator[Batch]]:
-        """The next batches, of which the first was made already and is left out, as in the midst of a run."""
-        config = self._config
-        first, self._next = self._next, self._next + steps + 1
-        batches = self.loader.batches(first, self._next, threads=config.threads, prefetch=config.prefetch)
-        with contextlib.closing(batches):
-            next(batches)
-            yield batches
-
-    def load(self) -> Turn:
-        """The loader alone."""
-        with self.batches(self._config.steps) as batches:
-            cpu, wall = time.process_time(), time.perf_counter()
-            images = sum(len(batch.valid) for batch in batches)
-            return Turn(images, time.perf_counter() - wall, time.process_time() - cpu)
-
-    def join(self) -> _Joint:
-        """Both, as train.py joins them."""
-        with tempfile.TemporaryDirectory() as folder, self.batches(self._config.steps) as batches:
-            marks = Marks(self.stepper.device)
-            run = Path(folder)
-            log = RunLog(run, 0)
-            with CheckpointWriter(run, keep=1) as writer, self.stepper.marked(marks):
-                cpu, wall = time.process_time(), time.perf_counter()
-                losses: list[torch.Tensor] = []
-                for step in range(1, self._config.steps + 1):
-                    with record_function(f"{STEP}{step}"):
-                        marks.begin()
-                        batch = next(batches)
-                        marks.end("data_wait")
-                        losses.append(self.stepper.step(batch, marks))
-                        losses = self._log(log, step, batch, losses)
-                        marks.end("logging")
-                        self._save(writer, step)
-                        marks.end("checkpoint")
-                self.stepper.synchronize()
-                turn = Turn(
-                    self._config.steps * self._config.batch_size,
-                    time.perf_counter() - wall,
-                    time.process_time() - cpu,
-                )
-        self.marks = marks
-        return _Joint(turn, marks.milliseconds())
-
-    def _log(self, log: RunLog, step: int, batch: Batch, losses: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Every step's sample ids, and every so many steps a line; reading the losses waits for the device."""
-        log.step(step, batch.sample_ids.numpy(), batch.rejected)
-        if step % self._config.log_every:
-            return losses
-        recent = torch.stack(losses).tolist()
-        log.metrics({"step": step, "loss": sum(recent) / len(recent)})
-        return []
-
-    def _save(self, writer: CheckpointWriter, step: int) -> None:
-        if self._config.checkpoint_every and step % self._config.checkpoint_every == 0:
-            model, optimizer = self.stepper.model, self.stepper.optimizer
-            writer.save(step, model.state_dict(), optim.state_tensors(model, optimizer), {"samples_seen": step})
-
-
 def _measure(config: EndToEnd, encoders: ModelConfig, geometry: Geometry, decoder: DecoderName) -> EndToEndRow:
-    both = _Both(config, encoders, geometry, decoder)
+    both = LoaderAndModel(config, encoders, geometry, decoder)
     loader: list[Turn] = []
     model: list[Turn] = []
-    joint: list[_Joint] = []
+    joint: list[Joint] = []
     turns: list[Any] = [
         lambda: loader.append(both.load()),
         lambda: model.append(both.stepper.run(config.steps)),
@@ -270,14 +166,9 @@ def _measure(config: EndToEnd, encoders: ModelConfig, geometry: Geometry, decode
         # One file each, where there are several.
         several = config.sweep or config.decoder == "both"
         out = config.trace.with_stem(f"{config.trace.stem}-{geometry.tokens}-{decoder}") if several else config.trace
-        hidden = trace(lambda: _joined_marks(both), out)
+        hidden = trace(both.joined_marks, out)
         print(f"trace: {out}; steps hid {hidden:.1%} of the time in which batches were made", flush=True)
     return _row(config, geometry, decoder, loader, model, joint, hidden)
-
-
-def _joined_marks(both: _Both) -> list[list[tuple[str, float]]]:
-    both.join()
-    return both.marks.seconds()
 
 
 def _row(
@@ -286,7 +177,7 @@ def _row(
     decoder: DecoderName,
     loader: Sequence[Turn],
     model: Sequence[Turn],
-    joint: Sequence[_Joint],
+    joint: Sequence[Joint],
     hidden: float | None,
 ) -> EndToEndRow:
     cores = os.cpu_count() or 1

@@ -21,7 +21,7 @@ import pyarrow as pa
 import tyro
 
 from evaluation.report import format_table
-from pipeline.build import INDEX_NAME, PART_SHARDS, index_file, part_name, write_part
+from pipeline.build import INDEX_NAME, PART_SHARDS, part_name, scan_shard, write_part
 from pipeline.index import open_index
 from pipeline.order import Order
 from pipeline.read import Reader
@@ -29,6 +29,7 @@ from pipeline.scan import SCHEMA, ShardInfo
 from pipeline.sources import Shard
 from pipeline.store import Limits, Store
 
+from .command import exit_code, write_json
 from .environment import environment
 
 
@@ -73,19 +74,13 @@ class Opened:
     """After all batches."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for what the user can mend."""
+@exit_code
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the benchmark."""
     config = tyro.cli(Benchmark, args=arguments, description=__doc__)
-    try:
-        result = scan_rate(config.data) if config.data else synthetic(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    result = scan_rate(config.data) if config.data else synthetic(config)
     print(format_table(("figure", "value"), [(name, f"{value:,.1f}") for name, value in result.items()]))
-    if config.json:
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        config.json.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")
-    return 0
+    write_json(config.json, {"environment": environment(), **result})
 
 
 def scan_rate(folder: Path, rounds: int = 5) -> dict[str, float]:
@@ -97,7 +92,8 @@ def scan_rate(folder: Path, rounds: int = 5) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         for _ in range(rounds):
             before = time.process_time()
-            infos = index_file(Path(scratch) / "index.parquet", shards, store)
+            scanned = (scan_shard(shard, store) for shard in shards)
+            infos = write_part(Path(scratch) / "index.parquet", scanned)
             samples = sum(info.samples for info in infos)
             rates.append(samples / (time.process_time() - before))
     return {

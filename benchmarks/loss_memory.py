@@ -4,7 +4,6 @@ Forward and backward of each loss, dense and tiled, each in a process of its own
 the inputs in place. Dense ones stop at the batch that would not fit. Prints a table, writes JSON and a plot.
 """
 
-import json
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 
 from model.loss import Features, LossKind, contrastive_loss
 
+from .command import exit_code, write_json
 from .environment import environment
 
 _RESULTS = Path(__file__).parent / "results"
@@ -59,20 +59,15 @@ class Row:
         return f"{self.kind}, {'tiled' if self.tiled else 'dense'}"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for what the user can mend."""
+@exit_code
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the benchmark."""
     config = tyro.cli(LossMemory, args=arguments, description=__doc__)
-    try:
-        config.check()
-        rows = measured(config)
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        values = {"environment": environment(), "embed_dim": config.embed_dim, "rows": [asdict(row) for row in rows]}
-        config.json.write_text(json.dumps(values, indent=1) + "\n")
-        plot(rows, config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    config.check()
+    rows = measured(config)
+    values = {"environment": environment(), "embed_dim": config.embed_dim, "rows": [asdict(row) for row in rows]}
+    write_json(config.json, values)
+    plot(rows, config)
 
 
 def measured(config: LossMemory) -> list[Row]:

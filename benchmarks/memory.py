@@ -4,13 +4,14 @@ Prints how fast resident memory grows, with the noise of that figure, and its pe
 equal length, a line is fitted to each, and the spread of their slopes is the noise; the first tenth is warm-up.
 """
 
-import json
+import itertools
 import math
 import os
 import resource
 import statistics
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from pipeline.loader import DecoderName, Loader, Settings
 from pipeline.order import Order, default_lanes
 
 from .cases import Case
+from .command import exit_code, write_json
 from .environment import environment
 
 _PIECES = 10
@@ -45,6 +47,8 @@ class Memory:
     batch_size: int = 64
     batches: int = 20_000
     threads: int = 1
+    workers: int = 0
+    """Processes that make the batches instead; their memory counts too, shared pages once in each."""
     json: Path | None = None
     """Write the figures, and every look at memory, here."""
 
@@ -53,6 +57,8 @@ class Memory:
         for name in ("batch_size", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1")
+        if self.workers < 0:
+            raise ValueError(f"--workers {self.workers} is below 0; 0 makes batches on --threads of this process")
         if self.batches < 4 * _PIECES:
             raise ValueError(f"--batches {self.batches} is too few for a slope; give at least {4 * _PIECES}")
 
@@ -65,7 +71,7 @@ class Growth:
     noise_bytes_per_batch: float
     """Standard error of it, and no less than what one arena more or less makes; zero is within twice this."""
     peak_bytes: int
-    """Of the process since it began, libraries included."""
+    """Of the process since it began, libraries included; with workers, the highest that was seen of all together."""
     end_bytes: int
 
     @property
@@ -73,29 +79,23 @@ class Growth:
         return abs(self.bytes_per_batch) <= 2 * self.noise_bytes_per_batch
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for what the user can mend."""
+@exit_code
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the benchmark."""
     torch.set_num_threads(1)
-    try:
-        config = tyro.cli(Memory, args=arguments, description=__doc__)
-        config.check()
-        looks = watch(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = tyro.cli(Memory, args=arguments, description=__doc__)
+    config.check()
+    looks = watch(config)
     found = growth(looks)
+    maker = f"workers {config.workers}" if config.workers else f"threads {config.threads}"
     verdict = "zero within noise" if found.flat else "not zero"
     print(
-        f"{config.decoder}, {config.batches:,} batches of {config.batch_size}, threads {config.threads}: "
+        f"{config.decoder}, {config.batches:,} batches of {config.batch_size}, {maker}: "
         f"{found.bytes_per_batch:+,.0f} +- {2 * found.noise_bytes_per_batch:,.0f} bytes a batch ({verdict}), "
         f"{found.bytes_per_batch * config.batches / 2**20:+.1f} MiB over the run\n"
         f"resident at the end {found.end_bytes / 2**20:,.0f} MiB, peak {found.peak_bytes / 2**20:,.0f} MiB"
     )
-    if config.json:
-        result = {"environment": environment(), **asdict(found), "looks": looks}
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        config.json.write_text(json.dumps(result) + "\n")
-    return 0
+    write_json(config.json, {"environment": environment(), **asdict(found), "looks": looks}, indent=None)
 
 
 def watch(config: Memory) -> list[tuple[int, int]]:
@@ -106,7 +106,7 @@ def watch(config: Memory) -> list[tuple[int, int]]:
     loader = Loader(index, order, Settings(Case(config.tokens).geometry, config.text_tokens, config.decoder))
     every = max(1, config.batches // _LOOKS)
     looks: list[tuple[int, int]] = []
-    batches = loader.batches(0, config.batches, threads=config.threads)
+    batches = loader.batches(0, config.batches, threads=config.threads, workers=config.workers)
     for step, _batch in enumerate(tqdm(batches, total=config.batches, unit=" batches", disable=None), 1):
         if step % every == 0:
             looks.append((step, resident_bytes()))
@@ -123,13 +123,18 @@ def growth(looks: Sequence[tuple[int, int]]) -> Growth:
     ]
     least = _ARENA_BYTES / float(steps[-1] - steps[0]) / 2
     noise = max(least, statistics.stdev(pieces) / math.sqrt(len(pieces)))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, *(held for _, held in looks))
     return Growth(whole, noise, peak, int(resident[-1]))
 
 
 def resident_bytes() -> int:
-    """Returns the memory that this process holds now. Linux only, as the rest of the benchmark's figures."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Returns the memory that this process and its workers hold now. Linux only, as the rest of the figures."""
+    started = (path.read_text().split() for path in Path("/proc/self/task").glob("*/children"))
+    pages = 0
+    for process in ("self", *itertools.chain.from_iterable(started)):
+        with suppress(OSError):  # a worker may have ended meanwhile
+            pages += int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":

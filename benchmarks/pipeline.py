@@ -7,7 +7,6 @@ others: open_clip makes its batches without hand-over between processes and take
 area); the stock reader cuts no captions.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from pipeline.loader import DecoderName
 from pipeline.tokens import ImageReduction
 
 from .cases import STANDARD_CASES, Case
+from .command import exit_code, write_json
 from .contenders import PEERS_PYTHON, BareDecode, Contender, OpenClip, OurLoader, Skipped, StockDali, gil_us
 from .environment import environment
 from .loader_rounds import BARE_FULL, BARE_SCALED, OPEN_CLIP, STOCK, batches_for, figures, take_turns
@@ -98,19 +98,16 @@ class Measured:
     """open_clip's transform and versions."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for what the user can mend."""
+@exit_code
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the benchmark."""
     # The loader's threads are the parallelism that is measured.
     torch.set_num_threads(1)
-    try:
-        config = tyro.cli(Benchmark, args=arguments, description=__doc__)
-        config.check()
-        before = environment()
-        _warn_of_load()
-        found = measure(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = tyro.cli(Benchmark, args=arguments, description=__doc__)
+    config.check()
+    before = environment()
+    _warn_of_load()
+    found = measure(config)
     rows = [*found.rows, *found.peers]
     for name, reason in found.skipped.items():
         print(f"{name} is left out: {reason}")
@@ -118,11 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     if config.plot:
         draw_plot(rows, config.plot)
         print(f"picture: {config.plot}")
-    if config.json:
-        result = {"environment": before, "data": list(map(str, config.data)), **asdict(found)}
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        config.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    write_json(config.json, {"environment": before, "data": list(map(str, config.data)), **asdict(found)})
 
 
 def _warn_of_load() -> None:

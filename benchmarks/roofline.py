@@ -22,6 +22,7 @@ from evaluation.report import format_table
 from model.clip import gflops_per_pair
 from model.presets import model_config
 
+from .command import exit_code, write_json
 from .published import RUNS, Run, Stage
 
 PEAK_TFLOPS = {"a100": 312.0, "h100": 989.0, "h200": 989.0}
@@ -76,18 +77,11 @@ class Plan:
             raise ValueError(f"--dollars-per-hour {self.dollars_per_hour} is below 0")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for what the user can mend."""
-    try:
-        plan = tyro.cli(Plan, args=arguments, description=__doc__)
-        result = published(plan) if plan.published else planned(plan)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if plan.json:
-        plan.json.parent.mkdir(parents=True, exist_ok=True)
-        plan.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+@exit_code
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the costs."""
+    plan = tyro.cli(Plan, args=arguments, description=__doc__)
+    write_json(plan.json, published(plan) if plan.published else planned(plan))
 
 
 def training_gflops(model: str, stage: Stage, batch_size: int) -> float:

@@ -8,11 +8,9 @@ the step fast. `--sweep` goes through tokens from 4 to 196 by strategy.
 Under load, look at ratios by CPU time: both processes then wait for cores, and rounds by the clock tell little.
 """
 
-import json
 import os
-import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,16 +21,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import tyro
 
-from model.clip import gflops_per_pair
 from model.presets import ModelConfig, model_config
 from pipeline.tokens import Geometry, ImageReduction, token_geometry
 
+from .command import exit_code, write_json
 from .contenders import PEERS_PYTHON, Skipped
 from .environment import environment
 from .loader_rounds import OPEN_CLIP
 from .step_contender import OpenClipStep
-from .step_gemm import GemmMeter, GemmRates, data_sheet_gflop_per_s, gemms
-from .step_model import SWITCHES, Stepper, Turn, made_batches, real_batches
+from .step_gemm import GemmMeter, gemms
+from .step_model import Stepper, made_batches, real_batches
 from .step_report import (
     GivenRow,
     PeerRow,
@@ -41,8 +39,9 @@ from .step_report import (
     format_given,
     format_parts,
     format_steps,
-    spread,
 )
+from .step_rows import Rounds, given_row, peer_row, step_row
+from .step_switches import SWITCHES, Switch, without
 
 _COMPILED = "with torch.compile"
 
@@ -135,17 +134,14 @@ class StepFound:
     """open_clip's versions."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for what the user can mend."""
-    try:
-        config = tyro.cli(StepBenchmark, args=arguments, description=__doc__)
-        config.check()
-        before = environment()
-        _warn_of_load()
-        found = measure(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+@exit_code
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the benchmark."""
+    config = tyro.cli(StepBenchmark, args=arguments, description=__doc__)
+    config.check()
+    before = environment()
+    _warn_of_load()
+    found = measure(config)
     for name, reason in found.skipped.items():
         print(f"{name} is left out: {reason}")
     print(f"{format_steps(found.rows, found.peers)}\n\n{format_parts(found.rows)}")
@@ -154,11 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
     if config.plot:
         draw_step_plot(found.rows, config.plot)
         print(f"picture: {config.plot}")
-    if config.json:
-        result = {"benchmark": "step", "environment": before, "precision": config.precision, **asdict(found)}
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        config.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    about = {"benchmark": "step", "environment": before, "precision": config.precision}
+    write_json(config.json, {**about, **asdict(found)})
 
 
 def _warn_of_load() -> None:
@@ -192,17 +185,6 @@ def measure(config: StepBenchmark) -> StepFound:
     return found
 
 
-@dataclass
-class _Rounds:
-    """What each round of one geometry gave."""
-
-    ours: list[Turn]
-    parts: list[dict[str, float]]
-    gemm: list[GemmRates]
-    theirs: list[Turn]
-    without: dict[str, list[Turn]]
-
-
 def _measure_geometry(config: StepBenchmark, encoders: ModelConfig, geometry: Geometry, found: StepFound) -> None:
     sizes = (encoders, geometry, config.batch_size, config.text_tokens)
     batches = real_batches(*sizes, config.data) if config.data else made_batches(*sizes)
@@ -233,26 +215,38 @@ def _measure_geometry(config: StepBenchmark, encoders: ModelConfig, geometry: Ge
         if peer:
             peer.close()
     executed = sum(product.step_flops for product in products) / 1e9
-    row = _row(config, encoders, geometry, stepper, rounds, executed)
+    row = step_row(config, encoders, geometry, stepper, rounds, executed)
     found.rows.append(row)
     if rounds.theirs and peer:
-        found.peers.append(_peer_row(row, rounds, peer.square_gflop_per_s, config.steps))
+        found.peers.append(peer_row(row, rounds, peer.square_gflop_per_s, config.steps))
     for name, turns in rounds.without.items():
-        found.given.append(_given_row(row, name, rounds.ours, turns))
+        found.given.append(given_row(row, name, rounds.ours, turns))
 
 
 def _take_turns(
     config: StepBenchmark, stepper: Stepper, meter: GemmMeter, peer: OpenClipStep | None, found: StepFound
-) -> _Rounds:
+) -> Rounds:
     """Everyone once a round, one after the other, the order turning; nobody runs beside another."""
-    rounds = _Rounds([], [], [], [], {})
+    rounds = Rounds([], [], [], [], {})
+    living = peer
+
+    def peers_turn() -> None:
+        nonlocal living
+        if living is None:
+            return
+        try:
+            rounds.theirs.append(living.run(config.steps))
+        except Skipped as reason:
+            found.skipped[OPEN_CLIP] = str(reason)
+            rounds.theirs.clear()
+            living = None
+
     turns: list[Callable[[], None]] = [
         lambda: rounds.ours.append(stepper.run(config.steps)),
         lambda: rounds.parts.extend(stepper.run_parts(config.steps)),
         lambda: rounds.gemm.append(meter.measure()),
+        peers_turn,
     ]
-    if peer is not None:
-        turns.append(lambda: rounds.theirs.append(peer.run(config.steps)))
     if config.parts:
         for switch in SWITCHES:
             rounds.without[f"without {switch}"] = []
@@ -268,12 +262,9 @@ def _take_turns(
     # The first steps of a process meet memory that was never touched.
     stepper.run(2)
     meter.measure()
+    peers_turn()
+    rounds.theirs.clear()
     if peer is not None:
-        try:
-            peer.run(2)
-        except Skipped as reason:
-            found.skipped[OPEN_CLIP] = str(reason)
-            turns = [turn for turn in turns if turn is not turns[3]]
         peer.square_gflop_per_s.clear()
     for number in range(config.rounds):
         first = number % len(turns)
@@ -282,110 +273,9 @@ def _take_turns(
     return rounds
 
 
-def _run_without(stepper: Stepper, switch: Any, steps: int, rounds: _Rounds) -> None:
-    with stepper.without(switch):
+def _run_without(stepper: Stepper, switch: Switch, steps: int, rounds: Rounds) -> None:
+    with without(stepper, switch):
         rounds.without[f"without {switch}"].append(stepper.run(steps))
-
-
-def _row(
-    config: StepBenchmark,
-    encoders: ModelConfig,
-    geometry: Geometry,
-    stepper: Stepper,
-    rounds: _Rounds,
-    executed_gflop: float,
-) -> StepRow:
-    turns, batch = rounds.ours, config.batch_size
-    model_gflop = 3 * sum(gflops_per_pair(encoders, geometry.tokens, config.text_tokens)) * batch
-    seconds = [turn.wall_s / config.steps for turn in turns]
-    step_s = statistics.median(seconds)
-    parts = {part: spread([each[part] for each in rounds.parts]) for part in rounds.parts[0]}
-    peak = data_sheet_gflop_per_s(stepper.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    cpu_s = [turn.cpu_s / config.steps for turn in turns]
-    by_cpu = [rates.model_per_cpu_s for rates in rounds.gemm]
-    rate = spread([turn.images_per_s for turn in turns])
-    return StepRow(
-        contender="ours, compiled" if config.compile else "ours",
-        model=config.model,
-        tokens=geometry.tokens,
-        image_reduction=geometry.image_reduction,
-        image_size=geometry.image_size,
-        text_tokens=config.text_tokens,
-        batch_size=batch,
-        device=config.device,
-        threads=torch.get_num_threads(),
-        images_per_s=rate.median,
-        images_per_s_range=(rate.low, rate.high),
-        images_per_cpu_s=statistics.median(turn.images_per_cpu_s for turn in turns),
-        tokens_per_s=rate.median * (geometry.tokens + config.text_tokens),
-        step_ms=1e3 * step_s,
-        step_ms_range=(1e3 * min(seconds), 1e3 * max(seconds)),
-        parts_ms={part: value.median for part, value in parts.items()},
-        parts_ms_range={part: (value.low, value.high) for part, value in parts.items()},
-        parts_over_step=statistics.median(sum(each.values()) for each in rounds.parts) / (1e3 * step_s),
-        model_gflop=model_gflop,
-        executed_gflop=executed_gflop,
-        gflop_per_s=model_gflop / step_s,
-        executed_gflop_per_s=executed_gflop / step_s,
-        gemm_gflop_per_s=statistics.median(rates.model for rates in rounds.gemm),
-        square_gflop_per_s=statistics.median(rates.square for rates in rounds.gemm),
-        mfu_of_gemm_rate=statistics.median(
-            model_gflop / own / rates.model for own, rates in zip(seconds, rounds.gemm, strict=True)
-        ),
-        executed_of_gemm_rate=statistics.median(
-            executed_gflop / own / rates.model for own, rates in zip(seconds, rounds.gemm, strict=True)
-        ),
-        executed_of_gemm_rate_by_cpu=statistics.median(
-            executed_gflop / own / rate for own, rate in zip(cpu_s, by_cpu, strict=True) if rate is not None
-        )
-        if None not in by_cpu
-        else None,
-        mfu_of_data_sheet=None if peak is None else model_gflop / step_s / peak,
-        peak_memory_bytes=stepper.peak_memory_bytes(),
-    )
-
-
-def _peer_row(row: StepRow, rounds: _Rounds, square: Sequence[float], steps: int) -> PeerRow:
-    rate = spread([turn.images_per_s for turn in rounds.theirs])
-    step_s = statistics.median(turn.wall_s for turn in rounds.theirs) / steps
-    return PeerRow(
-        contender=OPEN_CLIP,
-        model=row.model,
-        tokens=row.tokens,
-        image_reduction=row.image_reduction,
-        text_tokens=row.text_tokens,
-        batch_size=row.batch_size,
-        images_per_s=rate.median,
-        images_per_s_range=(rate.low, rate.high),
-        images_per_cpu_s=statistics.median(turn.images_per_cpu_s for turn in rounds.theirs),
-        step_ms=1e3 * step_s,
-        gflop_per_s=row.model_gflop / step_s,
-        square_gflop_per_s=statistics.median(square),
-        ours_over_open_clip=spread(
-            [one.images_per_s / other.images_per_s for one, other in zip(rounds.ours, rounds.theirs, strict=True)]
-        ),
-        ours_over_open_clip_by_cpu=spread(
-            [
-                one.images_per_cpu_s / other.images_per_cpu_s
-                for one, other in zip(rounds.ours, rounds.theirs, strict=True)
-            ]
-        ),
-    )
-
-
-def _given_row(row: StepRow, name: str, ours: Sequence[Turn], turns: Sequence[Turn]) -> GivenRow:
-    return GivenRow(
-        model=row.model,
-        tokens=row.tokens,
-        batch_size=row.batch_size,
-        change=name,
-        images_per_s=statistics.median(turn.images_per_s for turn in turns),
-        images_per_cpu_s=statistics.median(turn.images_per_cpu_s for turn in turns),
-        speed=spread([turn.images_per_s / one.images_per_s for one, turn in zip(ours, turns, strict=True)]),
-        speed_by_cpu=spread(
-            [turn.images_per_cpu_s / one.images_per_cpu_s for one, turn in zip(ours, turns, strict=True)]
-        ),
-    )
 
 
 if __name__ == "__main__":

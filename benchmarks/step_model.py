@@ -9,7 +9,7 @@ import copy
 import resource
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -17,12 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 
-from model.attention import SelfAttention, Sequences, Token, token_at
-from model.blocks import Block
 from model.clip import CLIP
-from model.image import PatchEmbedding
 from model.loss import contrastive_loss
 from model.presets import ModelConfig
 from pipeline.batch import Batch
@@ -30,7 +26,7 @@ from pipeline.tokens import Geometry
 from training import optim
 from training.distributed import World
 from training.health import Skips
-from training.heap import give_freed_memory_back, keep_freed_memory
+from training.heap import keep_freed_memory
 from training.parallel import backward, over_ranks
 
 PARTS = ("copy", "embed", "image_forward", "text_forward", "loss", "backward", "gradient_reduction", "optimizer")
@@ -41,9 +37,6 @@ FORWARD = "forward"
 
 CACHED_BATCHES = 4
 _ALONE = World()
-Switch = Literal["fused AdamW", "folding", "layout", "one pooled token", "kept memory"]
-SWITCHES: tuple[Switch, ...] = ("fused AdamW", "folding", "layout", "one pooled token", "kept memory")
-"""What a step can do without, one at a time, to see what it gives; --compile is one more."""
 
 
 @dataclass(frozen=True)
@@ -186,12 +179,6 @@ class Stepper:
         # In kilobytes on Linux, in bytes on macOS.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-    @contextlib.contextmanager
-    def without(self, switch: Switch) -> Generator[None]:
-        """Steps inside go without one of what makes them fast; weights and optimiser state go on as they are."""
-        with _SWITCHES[switch](self):
-            yield
-
     def _next(self) -> Batch:
         self._turn += 1
         return self.batches[self._turn % len(self.batches)]
@@ -276,87 +263,3 @@ def real_batches(
     order = Order(index.shard_sizes, batch_size=batch_size, seed=0, lanes=default_lanes(batch_size))
     loader = Loader(index, order, Settings(geometry, text_tokens, "turbo", tokenizer=config.text.tokenizer))
     return [loader.batch(step) for step in range(count)]
-
-
-# What follows takes one thing away from a step, to see what it gives.
-
-
-@contextlib.contextmanager
-def _replaced(kind: type, name: str, value: Any) -> Generator[None]:
-    own = getattr(kind, name)
-    setattr(kind, name, value)
-    try:
-        yield
-    finally:
-        setattr(kind, name, own)
-
-
-@contextlib.contextmanager
-def _plain_adamw(stepper: Stepper) -> Generator[None]:
-    """torch's default on a CPU, tensor by tensor and operation by operation; on a GPU, list by list."""
-    groups = stepper.optimizer.param_groups
-    for group in groups:
-        group["fused"] = None
-    # Only a fused step can be left out by a number on the device.
-    del stepper.optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        for group in groups:
-            group["fused"] = True
-
-
-def _normalised_first(self: PatchEmbedding, input: torch.Tensor) -> torch.Tensor:
-    """Pixels are normalised in float32, then multiplied: mean and std are not folded into the weights."""
-    mean_P = self.patch_mean_P + 128
-    return F.linear((input.to(torch.float32) - mean_P) / self.patch_std_P, self.weight)
-
-
-def _separate(
-    self: SelfAttention, x_BND: torch.Tensor, sequences: Sequences | None = None, only: Token | None = None
-) -> torch.Tensor:
-    """Three products for query, key and value, each laid out head by head in memory, and the result laid back."""
-    assert sequences is None
-    query_BHNK, key_BHNK, value_BHNK = (
-        F.linear(x_BND, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2).contiguous()
-        for weight, bias in zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
-    )
-    mixed = F.scaled_dot_product_attention(query_BHNK, key_BHNK, value_BHNK, is_causal=self.causal)
-    out_BND = self.out(mixed.transpose(1, 2).contiguous().flatten(-2))
-    return out_BND if only is None else token_at(out_BND, only)
-
-
-_forward = Block.forward
-
-
-def _all_tokens(
-    self: Block, x_BND: torch.Tensor, sequences: Sequences | None = None, only: Token | None = None
-) -> torch.Tensor:
-    """The last block computes every token, and one is pooled after."""
-    x_BND = _forward(self, x_BND, sequences)
-    return x_BND if only is None else token_at(x_BND, only)
-
-
-@contextlib.contextmanager
-def _freed_at_once(stepper: Stepper) -> Generator[None]:
-    give_freed_memory_back()
-    try:
-        yield
-    finally:
-        keep_freed_memory()
-
-
-def _replacing(kind: type, name: str, value: Any) -> Callable[[Stepper], contextlib.AbstractContextManager[None]]:
-    def replaced(stepper: Stepper) -> contextlib.AbstractContextManager[None]:
-        return _replaced(kind, name, value)
-
-    return replaced
-
-
-_SWITCHES: dict[Switch, Callable[[Stepper], contextlib.AbstractContextManager[None]]] = {
-    "fused AdamW": _plain_adamw,
-    "folding": _replacing(PatchEmbedding, "forward", _normalised_first),
-    "layout": _replacing(SelfAttention, "forward", _separate),
-    "one pooled token": _replacing(Block, "forward", _all_tokens),
-    "kept memory": _freed_at_once,
-}

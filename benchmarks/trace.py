@@ -88,7 +88,8 @@ def overlap(events: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]]) -
         start, end = max(event["ts"], first), min(event["ts"] + event["dur"], last)
         made += max(0.0, end - start)
         hidden += sum(max(0.0, min(end, until) - max(start, since)) for since, until in computing)
-    return hidden / made if made else 0.0
+    # The parts' edges are rounded.
+    return min(1.0, hidden / made) if made else 0.0
 
 
 def _named(event: dict[str, Any], prefix: str) -> bool:

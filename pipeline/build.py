@@ -93,11 +93,6 @@ def open_parts(
     return [part for part in parts if part is not None]
 
 
-def index_file(path: Path, shards: Sequence[Shard], store: Store) -> list[ShardInfo]:
-    """Writes the index of some shards to a file, in this process; returns what is known of them."""
-    return write_part(path, (_scan(shard, store) for shard in shards))
-
-
 def write_part(path: Path, scanned: Iterable[Scanned], bar: "tqdm[Any] | None" = None) -> list[ShardInfo]:
     """Writes one index file from the rows of its shards as they come; returns what is known of them."""
     infos: list[ShardInfo] = []
@@ -147,7 +142,7 @@ def _load(path: Path, shards: Sequence[Shard]) -> list[ShardInfo] | None:
 def _scan_all(shards: Sequence[Shard], store: Store, workers: int) -> Generator[Scanned]:
     """The rows of each shard, in order; a few shards are scanned ahead of the one that is asked for."""
     if workers <= 1:
-        yield from (_scan(shard, store) for shard in shards)
+        yield from (scan_shard(shard, store) for shard in shards)
         return
     pool = WorkerPool(workers, _start, store.limits)
     ahead: deque[tuple[Shard, Future[Scanned]]] = deque()
@@ -171,7 +166,8 @@ def _scan_all(shards: Sequence[Shard], store: Store, workers: int) -> Generator[
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _scan(shard: Shard, store: Store) -> Scanned:
+def scan_shard(shard: Shard, store: Store) -> Scanned:
+    """Returns the rows of a shard, wherever it is. Raises ReadFailed where it cannot be read."""
     try:
         if is_remote(shard.path):
             opened = store.open(shard.path, shard.shard_bytes, shard.identity)
@@ -194,7 +190,7 @@ def _start(limits: Limits) -> None:
 def _scan_in_worker(shard: Shard) -> Scanned:
     assert _worker_store is not None
     try:
-        return _scan(shard, _worker_store)
+        return scan_shard(shard, _worker_store)
     finally:
         _worker_store.cache.release()
 

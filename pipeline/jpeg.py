@@ -12,7 +12,10 @@ import simplejpeg
 
 DAMAGED = "damaged JPEG segments"
 MAX_SEGMENTS = 4096
-"""Photographs have 10 to 300; each costs a microsecond here, and each scan of them a pass over the picture."""
+"""Photographs have 10 to 300; each costs a microsecond here."""
+MAX_SCANS = 100
+"""Photographs have 1 to 20. Each costs a decoder a pass over the picture, 40 ms at 64 megapixels, and may be 100 bytes:
+a file of 1 MB could hold a batch up for minutes."""
 
 _END, _SCAN, _HUFFMAN, _ARITHMETIC = 0xD9, 0xDA, 0xC4, 0xCC
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {_HUFFMAN, 0xC8, _ARITHMETIC}
@@ -81,11 +84,11 @@ def is_warning(error: Exception) -> bool:
 def without_scans(jpeg: bytes | memoryview) -> bytes | None:
     """Returns an image of 8 x 8 pixels with the segments of `jpeg` and empty scans, which costs libjpeg 6 us to judge.
 
-    None where something else stands between segments, where they lead out of the file, or where they go on after the
-    last scan.
+    None where something else stands between segments, where they lead out of the file, where they go on after the last
+    scan, or where they are too many.
     """
     pieces = [b"\xff\xd8"]
-    at, missing, progressive = 2, 0, False
+    at, missing, progressive, num_scans = 2, 0, False, 0
     for _ in range(MAX_SEGMENTS):
         if (found := _SEGMENT.match(jpeg, at)) is None:
             return None
@@ -104,6 +107,9 @@ def without_scans(jpeg: bytes | memoryview) -> bytes | None:
                 segment = segment[:5] + _TINY + segment[9:]
             pieces.append(segment)
             if marker == _SCAN:
+                num_scans += 1
+                if num_scans > MAX_SCANS:
+                    return None
                 end = _scan_end(jpeg, end)
                 missing -= segment[4]
                 if missing <= 0 and not progressive and (end == len(jpeg) or jpeg[end + 1] not in _AFTER_SCANS):

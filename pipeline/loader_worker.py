@@ -32,7 +32,9 @@ def main(descriptors: list[int], parent: int) -> None:
     # Before the imports below, which take seconds, and beside every batch: whoever listens always knows of an end.
     # It also empties the socket, so that the parent never waits to be heard while this process waits for it.
     threading.Thread(target=_listen, args=(connection, messages, parent), daemon=True).start()
-    _work(connection, messages, state, slab)
+    # What it cannot tell a parent that is gone is no error; the listener ends this process meanwhile.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        _work(connection, messages, state, slab)
 
 
 def _listen(connection: Connection, messages: "queue.SimpleQueue[bytes]", parent: int) -> None:
@@ -50,7 +52,7 @@ def _listen(connection: Connection, messages: "queue.SimpleQueue[bytes]", parent
 def _work(connection: Connection, messages: "queue.SimpleQueue[bytes]", state: int, slab: int) -> None:
     import torch
 
-    from .processes import BatchMaker
+    from .batch_maker import BatchMaker
 
     torch.set_num_threads(1)
     try:

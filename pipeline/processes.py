@@ -5,32 +5,25 @@ Only a slot's number and what was found bad travel between processes (about 100 
 written into shared memory once. Nothing outlives the processes, however they end: no file, no name, no semaphore.
 """
 
-import functools
-import io
-import math
-import mmap
 import os
-import pickle
 import signal
 import subprocess
 import sys
-import time
-import traceback
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
-from .batch import Batch, Rejection
-from .slabs import Field, Slab, memory_file
-from .store import Store
+from .batch import Batch
+from .batch_maker import Done, Task, batch_fields, frozen
+from .slabs import Slab, memory_file
 from .workers import ctrl_c_blocked
 
 if TYPE_CHECKING:
@@ -42,33 +35,9 @@ DEATH_WINDOW = 1000
 _LENT = 2
 """Batches that the consumer has at a time: the one in its hands, and the one before, which goes as it takes the new."""
 
-_LRU_CACHE = type(functools.lru_cache(len))
-
 
 class WorkerDied(ValueError):
     """Workers of the loader die faster than replacing them makes sense."""
-
-
-class Task(NamedTuple):
-    """What a worker is told: make this step's batch into this slot."""
-
-    step: int
-    slot: int
-    known_bad: dict[int, str]
-    """Of the loader's, what this worker has not been told yet."""
-
-
-class Done(NamedTuple):
-    """What a worker answers to a task; step None where it could not begin."""
-
-    step: int | None
-    rejected: tuple[Rejection, ...] = ()
-    known_bad: Mapping[int, str] = {}
-    """What it found."""
-    stage_seconds: Mapping[str, float] = {}
-    cpu_seconds: float = 0.0
-    """Of the worker, all its threads, since the answer before."""
-    error: Exception | None = None
 
 
 def process_batches(loader: "Loader", steps: range, workers: int, prefetch: int) -> Generator[Batch]:
@@ -120,8 +89,9 @@ class _Processes:
         self.taken: set[int] = set()
         """Slots of batches that are being made, or not handed over yet."""
         self._state = memory_file("shortclip loader")
-        _write(self._state, _frozen(loader, workers, num_slots, end_step))
-        self._workers: list[_Worker] = []
+        _write(self._state, frozen(loader, workers, num_slots, end_step))
+        self._workers: dict[int, _Worker] = {}
+        """By number."""
         self._done: dict[int, Done] = {}
         self._received = 0
         self._deaths: deque[int] = deque()
@@ -133,7 +103,7 @@ class _Processes:
         self.loader.index.store.cache.release()
         try:
             for number in range(self.num_workers):
-                self._workers.append(self._start(number))
+                self._start(number)
             yield self
         finally:
             self._end()
@@ -144,7 +114,7 @@ class _Processes:
         used = self.taken | self.slab.lent()
         slot = next(slot for slot in range(self.slab.num_slots) if slot not in used)
         self.taken.add(slot)
-        worker = min(self._workers, key=lambda worker: len(worker.tasks))
+        worker = min(self._workers.values(), key=lambda worker: len(worker.tasks))
         worker.tasks.append((step, slot))
         self._send(worker, step, slot)
         return slot
@@ -162,7 +132,7 @@ class _Processes:
             raise done.error
         return done
 
-    def _start(self, number: int) -> _Worker:
+    def _start(self, number: int) -> None:
         ours, theirs = Pipe()
         descriptors = (theirs.fileno(), self._state, self.slab.descriptor)
         # -P and the path: this very package, whatever lies in the folder where the command was given.
@@ -174,7 +144,8 @@ class _Processes:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, pass_fds=descriptors, env={**os.environ, **settings}
             )
-        return _Worker(number, process, ours)
+            # Inside: a Ctrl-C that waited finds a worker that will be ended.
+            self._workers[number] = _Worker(number, process, ours)
 
     def _send(self, worker: _Worker, step: int, slot: int) -> None:
         news = dict(islice(self.loader.known_bad.items(), worker.told, None))
@@ -185,8 +156,8 @@ class _Processes:
 
     def _receive(self, timeout: float | None) -> None:
         """Takes the answers that are there; waits for one at least, up to `timeout` seconds (None: without end)."""
-        ready = wait([worker.connection for worker in self._workers], timeout)
-        for worker in [worker for worker in self._workers if worker.connection in ready]:
+        ready = wait([worker.connection for worker in self._workers.values()], timeout)
+        for worker in [worker for worker in self._workers.values() if worker.connection in ready]:
             try:
                 done: Done = worker.connection.recv()
             except (EOFError, OSError):
@@ -218,117 +189,21 @@ class _Processes:
                 "--workers or --prefetch; then run the same command again"
             )
         print(f"{what}; started again ({len(self._deaths)} of {MAX_DEATHS})", file=sys.stderr, flush=True)
-        fresh = self._start(worker.number)
+        self._start(worker.number)
+        fresh = self._workers[worker.number]
         fresh.tasks = worker.tasks
-        self._workers[self._workers.index(worker)] = fresh
         for step, slot in fresh.tasks:
             self._send(fresh, step, slot)
 
     def _end(self) -> None:
         # Closing alone would end them, and does where this is interrupted; they have nothing to put in order.
-        for worker in self._workers:
+        for worker in self._workers.values():
             worker.connection.close()
             worker.process.kill()
-        for worker in self._workers:
+        for worker in self._workers.values():
             worker.process.wait()
         os.close(self._state)
         self.slab.close()
-
-
-class BatchMaker:
-    """A worker's side: messages in, batches into slots, answers out, as bytes."""
-
-    def __init__(self, state: int, slab: int) -> None:
-        """state, slab: descriptors of what the parent wrote, and of the slab. Raises what making a Loader raises."""
-        from .loader import Loader
-
-        with closing(mmap.mmap(state, 0, prot=mmap.PROT_READ)) as frozen:
-            arguments, ranks, num_slots, self._end_step = pickle.loads(frozen)
-        self._loader = Loader(*arguments, **ranks)
-        self._slab = Slab(batch_fields(self._loader), num_slots, slab)
-        self._answered = time.process_time()
-
-    def answer(self, message: bytes) -> bytes:
-        task: Task = pickle.loads(message)
-        loader = self._loader
-        loader.known_bad.update(task.known_bad)
-        known = len(loader.known_bad)
-        loader.stage_seconds.update(dict.fromkeys(loader.stage_seconds, 0.0))
-        try:
-            # Here, not in the parent: fetching costs the GIL, and a file that the parent held could not be evicted.
-            loader.fetch_ahead(task.step, self._end_step)
-            batch = loader.batch(task.step)
-            for name, tensor in self._slab.tensors(task.slot).items():
-                tensor.copy_(getattr(batch, name))
-            done = Done(task.step, batch.rejected)
-        except Exception as error:
-            done = Done(task.step, error=_portable(error))
-        found = dict(islice(loader.known_bad.items(), known, None))
-        before, self._answered = self._answered, time.process_time()
-        return pickle.dumps(
-            done._replace(known_bad=found, stage_seconds=loader.stage_seconds, cpu_seconds=self._answered - before)
-        )
-
-    def idle(self) -> None:
-        """Lets go of what other workers may need."""
-        if self._loader.index.remote:
-            self._loader.index.store.cache.release()
-
-    @staticmethod
-    def failure(error: Exception) -> bytes:
-        """Returns the answer of a worker that cannot begin."""
-        return pickle.dumps(Done(None, error=_portable(error)))
-
-
-def batch_fields(loader: "Loader") -> dict[str, Field]:
-    """Returns the tensors of a loader's training batches, as in batch.Batch."""
-    size, geometry = loader.local_batch_size, loader.settings.geometry
-    return {
-        "patches": Field(torch.uint8, (size, geometry.tokens, geometry.patch_values)),
-        "positions": Field(torch.int16, (size, geometry.tokens)),
-        "caption_ids": Field(torch.int32, (size, loader.settings.text_tokens)),
-        "valid": Field(torch.bool, (size,)),
-        "sample_ids": Field(torch.int64, (size,)),
-    }
-
-
-def _portable(error: Exception) -> Exception:
-    """The error as it may travel, with where it came from for who prints a traceback."""
-    error.add_note("in a worker process of the loader:\n" + "".join(traceback.format_exception(error)))
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
-
-
-def _frozen(loader: "Loader", workers: int, num_slots: int, end_step: int) -> bytes:
-    """What a worker makes its loader of."""
-    ranks = {"rank": loader.rank, "world_size": loader.world_size}
-    stream = io.BytesIO()
-    _Pickler(stream, workers).dump(((loader.index, loader.order, loader.settings), ranks, num_slots, end_step))
-    return stream.getvalue()
-
-
-class _Pickler(pickle.Pickler):
-    """Index and order as they are, but for what a process has of its own: caches travel empty, stores unconnected."""
-
-    def __init__(self, stream: io.BytesIO, workers: int) -> None:
-        super().__init__(stream, pickle.HIGHEST_PROTOCOL)
-        self._workers = workers
-
-    def reducer_override(self, obj: Any, /) -> Any:
-        if isinstance(obj, _LRU_CACHE):
-            return _cached, (obj.cache_parameters()["maxsize"], obj.__wrapped__)
-        if isinstance(obj, Store):
-            # All workers together load the store as one process would.
-            streams = math.ceil(obj.limits.streams / self._workers)
-            return Store, (replace(obj.limits, streams=streams),)
-        return NotImplemented
-
-
-def _cached(maxsize: int | None, function: Any) -> Any:
-    return functools.lru_cache(maxsize)(function)
 
 
 def _write(descriptor: int, content: bytes) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from benchmarks import memory, peers, photographs, pipeline
 from benchmarks.cases import STANDARD_CASES, Case
+from benchmarks.command import exit_code
 from benchmarks.contenders import PEERS_PYTHON, BareDecode, OpenClip, Round, Skipped
 from benchmarks.loader_rounds import BARE_FULL, BARE_SCALED, OPEN_CLIP, STOCK, figures
 from pipeline.index import open_index
@@ -284,8 +285,26 @@ def test_memory_of_a_short_run(shards: Path, tmp_path: Path, capsys: pytest.Capt
     assert result["peak_bytes"] > 50e6
     printed = capsys.readouterr()
     assert "turbo, 60 batches of 16, threads 1:" in printed.out
+    options = ["--data", str(shards), "--batches", "40", "--batch-size", "16", "--workers", "1"]
+    assert memory.main([*options, "--json", str(out)]) == 0
+    # A worker alone holds torch and its libraries.
+    assert json.loads(out.read_text())["end_bytes"] > result["end_bytes"] + 50e6
+    assert "turbo, 40 batches of 16, workers 1:" in capsys.readouterr().out
     assert memory.main(["--data", str(shards), "--batches", "5"]) == 2
     assert capsys.readouterr().err == "error: --batches 5 is too few for a slope; give at least 40\n"
+
+
+def test_commands_end_with_a_line_and_a_code(capsys: pytest.CaptureFixture[str]) -> None:
+    @exit_code
+    def command(error: BaseException | None) -> None:
+        if error is not None:
+            raise error
+
+    ends = [command(each) for each in (None, ValueError("no such thing"), OSError("no disk"), KeyboardInterrupt())]
+    assert ends == [0, 2, 2, 130]
+    assert capsys.readouterr().err == "error: no such thing\nerror: no disk\ninterrupted\n"
+    with pytest.raises(TypeError):  # a mistake of ours is told as such
+        command(TypeError())
 
 
 def test_a_leak_is_told_from_noise() -> None:

@@ -211,7 +211,7 @@ def test_a_second_save_waits_for_the_first(tmp_path: Path) -> None:
     first.save(1, {"w": halves[0]}, {}, {})
     assert checkpoint.list_steps(tmp_path) == []
     waited = first.waited_s
-    late = threading.Timer(0.2, second.save, (1, {"w": halves[1]}, {}, {}))
+    late = threading.Timer(1.0, second.save, (1, {"w": halves[1]}, {}, {}))
     late.start()
     first.save(2, {"w": halves[0]}, {}, {})
     assert [path.name for path in checkpoint.list_steps(tmp_path)] == ["step-00000001"]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import write_tar
 
-from benchmarks.damage import DAMAGES, damage_images, main
+from benchmarks.damage import main
+from benchmarks.damages import DAMAGES, damage_images
 from pipeline.index import open_index
 from pipeline.jpeg import damage as found_by_the_index
 

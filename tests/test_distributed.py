@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from model.loss import contrastive_loss
 from training.config import parse, resolved
+from training.distributed import World, joined
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +46,10 @@ def test_ranks_together_have_the_gradients_of_one_process(world_size: int, tmp_p
             for name, value in want.items():
                 error = float((found[name] - value).norm() / value.norm())
                 assert math.isfinite(error), (case, name)
-                worst[f"{case.name} {name}"] = error
+                worst[f"{case.name} {name} {rank}"] = error
     name = max(worst, key=lambda each: worst[each])
     assert worst[name] < 1e-10, f"{name}: {worst[name]:.1e}"
-    assert len(worst) == sum(len(wanted[case.kind]) for case in gradient_ranks.cases())
+    assert len(worst) == world_size * sum(len(wanted[case.kind]) for case in gradient_ranks.cases())
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,18 @@ def test_what_three_ranks_cannot_share_is_refused(more: tuple[str, ...], message
     with pytest.raises(ValueError, match=message):
         resolved(config, cuda=False, world_size=3)
     assert resolved(dataclasses.replace(config, accumulate=1), cuda=False, world_size=2 if message[0] == "w" else 3)
+
+
+def test_all_ranks_of_a_host_with_too_few_gpus_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were it one of them alone, the others would wait for it, and rank 0 would say nothing."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for rank in (0, 1):
+        with (
+            pytest.raises(ValueError, match="has 1 GPUs, too few for the 2 ranks on it"),
+            joined(World(rank, 2, rank), "cuda"),
+        ):
+            pass
 
 
 @pytest.mark.slow

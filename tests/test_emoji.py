@@ -373,7 +373,7 @@ def test_a_folder_made_before_there_were_grouped_scenes_is_still_known(made: tup
     before = tree(out)
     emoji.make(recipe, out, workers=1)
     assert tree(out) == before
-    with pytest.raises(ValueError, match="was made by another recipe: .*names"):
+    with pytest.raises(ValueError, match=r"was made by another recipe: .*names"):
         emoji.make(replace(recipe, names=("red apple",)), out, workers=1)
 
 

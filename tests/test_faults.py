@@ -23,6 +23,10 @@ SMALL = ("--model", "ViT-Ti-16", "--tokens", "4", "--text-tokens", "6", "--batch
          "--device", "cpu", "--log-every", "1", "--checkpoint-every", "2")  # fmt: skip
 
 
+STEPS = 30
+"""Of a run that is to be stopped on its way: what stops it may come late on a loaded machine."""
+
+
 def arguments(data: Path, out: Path, steps: int, *more: str) -> tuple[str, ...]:
     return ("--data", str(data), "--out", str(out), "--steps", str(steps), *SMALL, *more)
 
@@ -59,25 +63,25 @@ def nothing_left_over() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def uninterrupted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    output = torchrun.run(2, "train.py", *arguments(shards, run, 8))
-    assert output.count("step 8/8") == 1, "rank 0 alone is to print"
+    output = torchrun.run(2, "train.py", *arguments(shards, run, STEPS))
+    assert output.count(f"step {STEPS}/{STEPS} ") == 1, "rank 0 alone is to print"
     return run
 
 
 def test_two_ranks_do_what_one_process_does(uninterrupted: Path, shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert train.main([*arguments(shards, run, 8)]) == 0
+    assert train.main([*arguments(shards, run, STEPS)]) == 0
     assert ledger(run) == ledger(uninterrupted)
     assert losses(run) == pytest.approx(losses(uninterrupted), rel=1e-5)
 
 
 def test_kill_9_and_the_same_command_equals_no_interruption(uninterrupted: Path, shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = torchrun.start(2, "train.py", *arguments(shards, run, 8))
+    process = torchrun.start(2, "train.py", *arguments(shards, run, STEPS))
     torchrun.wait_for(lambda: has_step(run, 2), process)
     torchrun.kill_all(process)
     # Then one rank alone dies: the other says so and ends, and torchrun starts both again, without a hand.
-    process = torchrun.start(2, "train.py", *arguments(shards, run, 8), torchrun=("--max-restarts", "1"))
+    process = torchrun.start(2, "train.py", *arguments(shards, run, STEPS), torchrun=("--max-restarts", "1"))
     torchrun.wait_for(lambda: has_step(run, 4), process)
     pid = torchrun.rank_pid(process, 1)
     os.kill(pid, signal.SIGKILL)
@@ -121,7 +125,8 @@ def test_with_sharded_weights_too_an_infinite_gradient_is_left_out_by_all(shards
 @pytest.mark.slow
 def test_kill_9_at_random_moments(shards: Path, tmp_path: Path) -> None:
     """20 kills of all processes, of which some fall into a save: one is written every other step."""
-    steps, whole, run = 60, tmp_path / "whole", tmp_path / "run"
+    # Each of the 20 starts does some steps, more on a faster machine.
+    steps, whole, run = 600, tmp_path / "whole", tmp_path / "run"
     torchrun.run(2, "train.py", *arguments(shards, whole, steps))
     draw = random.Random(0)
     num_kills = during_save = 0
@@ -199,14 +204,14 @@ def test_four_ranks_resume_bit_by_bit(shards: Path, tmp_path: Path) -> None:
 def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted: Path, shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ("--checkpoint-every", "100")
-    process = torchrun.start(2, "train.py", *arguments(shards, run, 8, *more))
+    process = torchrun.start(2, "train.py", *arguments(shards, run, STEPS, *more))
     torchrun.wait_for(lambda: len(read_jsonl(run / "metrics.jsonl")) >= 2, process)
     process.send_signal(signal.SIGTERM)
     output = torchrun.end(process)
     assert process.returncode != 0
     assert "the same command goes on from checkpoint" in output
     assert "lost rank" not in output
-    torchrun.run(2, "train.py", *arguments(shards, run, 8))
+    torchrun.run(2, "train.py", *arguments(shards, run, STEPS))
     assert same_bits(weights(run), weights(uninterrupted))
 
 
@@ -268,5 +273,5 @@ def test_compiled_encoders_have_the_losses_of_plain_ones(
     way: tuple[str, ...], uninterrupted: Path, shards: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    torchrun.run(2, "train.py", *arguments(shards, run, 8, "--compile", *way))
+    torchrun.run(2, "train.py", *arguments(shards, run, STEPS, "--compile", *way))
     assert losses(run) == pytest.approx(losses(uninterrupted), rel=1e-4)

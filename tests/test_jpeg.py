@@ -11,7 +11,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from pipeline.jpeg import DAMAGED, MAX_SEGMENTS, damage, fatal_error, is_warning, without_scans
+from pipeline.jpeg import DAMAGED, MAX_SCANS, MAX_SEGMENTS, damage, fatal_error, is_warning, without_scans
 
 Damage = Callable[[bytes], bytes]
 
@@ -135,6 +135,19 @@ def test_what_every_decoder_reads_passes(photographs: list[np.ndarray], kind: st
             pixels = np.asarray(Image.fromarray(picture).resize(size))
             for name, jpeg in formats(pixels).items():
                 assert damage(LETS_PASS[kind](jpeg)) is None, f"{name}, {size}"
+
+
+def test_scans_are_counted(photo_jpegs: list[bytes]) -> None:
+    """Of a progressive picture, which may repeat one for ever."""
+    stream = io.BytesIO()
+    Image.open(io.BytesIO(photo_jpegs[0])).save(stream, "JPEG", progressive=True)
+    jpeg = stream.getvalue()
+    starts = [at for at in range(len(jpeg)) if jpeg[at : at + 2] == b"\xff\xda"]
+    last = jpeg[starts[-1] : -2]
+    spare = MAX_SCANS - len(starts)
+    assert spare > 50
+    assert damage(jpeg[:-2] + last * spare + jpeg[-2:]) is None
+    assert damage(jpeg[:-2] + last * (spare + 1) + jpeg[-2:]) == DAMAGED
 
 
 def test_wrong_bits_and_a_scan_that_ends_too_soon_pass(photo_jpegs: list[bytes]) -> None:

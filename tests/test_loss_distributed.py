@@ -23,7 +23,8 @@ def run(folder: Path, world: int) -> list[Results]:
         "OMP_NUM_THREADS": "1",
     }
     script = str(ROOT / "tests" / "loss_ranks.py")
-    commands = [[sys.executable, script, str(rank), str(world), str(folder)] for rank in range(world)]
+    # What gloo says of a host's name is no concern; a warning of Python is an error.
+    commands = [[sys.executable, "-W", "error", script, str(rank), str(world), str(folder)] for rank in range(world)]
     started = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for command in commands]
     try:
         errors = [process.communicate(timeout=120)[1] for process in started]
@@ -31,7 +32,6 @@ def run(folder: Path, world: int) -> list[Results]:
         for process in started:
             process.kill()
     assert all(process.returncode == 0 for process in started), errors
-    assert not any(errors), errors
     return [torch.load(folder / f"rank-{rank}-of-{world}.pt") for rank in range(world)]
 
 

@@ -62,6 +62,7 @@ def test_the_published_hours_follow_from_one_another(capsys: pytest.CaptureFixtu
         (["--then", "179/32"], "--then 179/32 is not TOKENS/TEXT_TOKENS/SAMPLES"),
         (["--then", "179/0/1e6"], "each number must be 1 or more"),
         (["--rates", "/nowhere.json"], "--rates /nowhere.json"),
+        (["--json", "/dev/null/plan.json"], "/dev/null"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,7 +73,7 @@ def memory_files(processes: str = "[0-9]*") -> set[int]:
     return found
 
 
-def eventually(holds: Callable[[], bool], seconds: float = 60) -> bool:
+def eventually(holds: Callable[[], bool], seconds: float = 120) -> bool:
     deadline = time.monotonic() + seconds
     while not (held := holds()) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -114,7 +114,7 @@ def test_a_slot_is_lent_while_any_view_of_it_lives_and_another_sees_what_is_writ
     assert kept.unique().tolist() == [3]
 
 
-@pytest.mark.parametrize(("workers", "decoder", "first"), [(1, "turbo", 9), (2, "dali", 5), (3, "turbo", 0)])
+@pytest.mark.parametrize(("workers", "decoder", "first"), [(1, "turbo", 9), (2, "dali", 5)])
 def test_workers_change_nothing(hurt: Path, workers: int, decoder: DecoderName, first: int) -> None:
     threads, loader = new_loader(hurt, decoder=decoder), new_loader(hurt, decoder=decoder)
     expected = list(threads.batches(first, first + 14))
@@ -180,26 +180,19 @@ def test_leaving_early_ends_the_workers(shards: Path) -> None:
     assert workers_of(os.getpid()) == []
     assert torch.equal(kept.sample_ids, ids)
     # Before the first batch, while workers are still importing.
-    started = threading.Event()
 
     def interrupt() -> None:
-        started.set()
         eventually(lambda: len(workers_of(os.getpid())) == 1)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGUSR1, stop)
     thread = threading.Thread(target=interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):  # noqa: PT012  # the signal comes at any time in here
             thread.start()
             next(new_loader(shards).batches(0, 1000, workers=1))
-            time.sleep(60)
+            time.sleep(240)
     finally:
         thread.join()
-        signal.signal(signal.SIGUSR1, before)
     assert workers_of(os.getpid()) == []
 
 
@@ -365,7 +358,7 @@ def kill_and_resume(shards: Path, scratch: Path, kills: int) -> None:
             assert len(workers) == 2
             assert len(files) == 2  # the slab, and what workers make their loader of
             process.kill()
-        assert eventually(lambda workers=workers: not any(map(stat, workers)), 20), "workers outlive their parent"
+        assert eventually(lambda workers=workers: not any(map(stat, workers))), "workers outlive their parent"
         assert not files & memory_files()
     # Others on this machine may use it meanwhile, under names of their own.
     assert not [name for name in set(os.listdir("/dev/shm")) - set(listed) if "shortclip" in name or "psm_" in name]

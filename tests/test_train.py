@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import export
 import train
 import validate
 from training import checkpoint
+from training.config import parse, resolved
 from training.metrics import read_jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +43,17 @@ def same_weights(one: Path, other: Path) -> bool:
 
 def ledger(run: Path) -> list[str]:
     return [step for row in read_jsonl(run / "metrics.jsonl") for step in row["ledger"]]
+
+
+LONG = 60
+"""Steps of a run that is to be stopped on its way: what stops it may come late on a loaded machine."""
+
+
+@pytest.fixture(scope="module")
+def long(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "long"
+    assert train.main(arguments(shards, run, LONG)) == 0
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -80,21 +93,21 @@ def test_again_says_finished_and_touches_nothing(
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
-def test_kill_9_and_the_same_command_equals_no_interruption(finished: Path, shards: Path, tmp_path: Path) -> None:
+def test_kill_9_and_the_same_command_equals_no_interruption(long: Path, shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train.py"), *arguments(shards, run, 8)]
-    for wanted in (3, 6):
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(shards, run, LONG)]
+    for wanted in (3, 15):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while not (run / "checkpoints" / f"step-{wanted:08d}").exists():
+        deadline = time.monotonic() + 240
+        while not any(checkpoint.step_of(path) >= wanted for path in checkpoint.list_steps(run)):
             assert time.monotonic() < deadline, "no checkpoint came"
             assert process.poll() is None, "it finished before it could be killed"
             time.sleep(0.001)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    assert same_weights(run, finished)
-    assert ledger(run) == ledger(finished)
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    assert same_weights(run, long)
+    assert ledger(run) == ledger(long)
 
 
 def test_other_threads_and_prefetch_change_no_bit(finished: Path, shards: Path, tmp_path: Path) -> None:
@@ -109,9 +122,9 @@ def test_a_longer_run_goes_on_from_a_shorter_one(shards: Path, tmp_path: Path) -
     assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == [2, 3, 4, 5]
 
 
-def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(finished: Path, shards: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(long: Path, shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train.py"), *arguments(shards, run, 8)]
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(shards, run, LONG)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -119,11 +132,11 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(finished: Path, shards: Path, 
                 process.send_signal(signal.SIGINT)
                 break
         rest = process.stdout.read()
-        assert process.wait(timeout=60) == train.INTERRUPTED, rest
+        assert process.wait(timeout=240) == train.INTERRUPTED, rest
     assert "the same command goes on from checkpoint" in rest
     assert "Traceback" not in rest
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    assert same_weights(run, finished)
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    assert same_weights(run, long)
 
 
 def test_a_damaged_checkpoint_is_passed_over(finished: Path, shards: Path, tmp_path: Path) -> None:
@@ -155,10 +168,14 @@ def test_resume_never_starts_anew(finished: Path, shards: Path, tmp_path: Path) 
     assert same_weights(run, finished)
 
 
-def test_resume_never_deletes_nothing_before_all_is_checked(finished: Path, shards: Path, tmp_path: Path) -> None:
+def test_resume_never_deletes_nothing_before_all_is_checked(
+    finished: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    for more in (("--data", "/nowhere"), ("--batch-size", "300"), ("--eval-data", str(shards), "--eval-every", "2")):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    for more in (("--data", "/nowhere"), ("--batch-size", "300"), ("--eval-data", str(shards), "--eval-every", "2"),
+                 ("--report-to", "wandb")):  # fmt: skip
         assert train.main([*arguments(shards, run, 8, "--resume", "never"), *more]) == 2
         assert same_weights(run, finished)
 
@@ -173,6 +190,34 @@ def test_a_short_run_needs_no_warm_up_of_its_own(shards: Path, tmp_path: Path) -
     command = ["--data", str(shards), "--out", str(run), "--model", "ViT-Ti-16", "--tokens", "4", "--batch-size", "32"]
     assert train.main([*command, "--steps", "10", "--device", "cpu"]) == 0
     assert json.loads((run / "config.json").read_text())["warmup_samples"] == 32
+
+
+def test_a_length_and_warm_up_that_nobody_gives_stay_those_of_the_run(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = ["--data", str(shards), "--out", str(run), "--model", "ViT-Ti-16", "--tokens", "4", "--batch-size", "32"]
+    (config,) = parse(command, "")
+    assert resolved(config, cuda=False).steps == 1_000
+    for more, steps in ((("--steps", "10"), 10), ((), 10), (("--steps", "20"), 20)):
+        assert train.main([*command, *more, "--device", "cpu"]) == 0
+        config = json.loads((run / "config.json").read_text())
+        assert (config["steps"], config["warmup_samples"]) == (steps, 32)
+    assert train.main([*command, "--steps", "20", "--device", "cpu", "--resume", "never"]) == 0
+    assert json.loads((run / "config.json").read_text())["warmup_samples"] == 64
+
+
+def test_a_restart_by_torchrun_resumes_what_it_began_and_no_older_run(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*arguments(shards, tmp_path / "run", 3), "--resume", "never"]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    assert train.main(command) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    capsys.readouterr()
+    assert train.main(command) == 0
+    assert "is finished: 3 steps" in capsys.readouterr().out
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
+    assert train.main(command) == 0
+    assert "is finished" not in capsys.readouterr().out
 
 
 def test_too_many_bad_samples_stop_the_run(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,6 +311,7 @@ def test_zero_shot_during_training_and_in_validation_agree(
         (("--peer-timeout", "1"), "--peer-timeout 1.0 is below 5"),
         (("--stage", "one"), "--stage one: there are no stages without a --preset"),
         (("--crop-area", "0.9", "0.4"), "crop area 0.9 0.4"),
+        (("--grad-clip", "nan"), "--grad-clip nan is below 0"),
         (("--eval-every", "5"), "--eval-data and --eval-every go together"),
         (("--data", "/nowhere"), "--data /nowhere: no such folder"),
         (("--preset", "nowhere.toml"), "--preset nowhere.toml: no such file"),
@@ -364,14 +410,25 @@ def test_stages_train_in_turn_each_from_the_one_before(
     assert configs["large"]["init"] == str(whole / "small")
     # A stage alone, and then the command without --stage, which finds that one finished.
     assert train.main([*common, "--out", str(parts), "--base-lr", "8e-3", "--stage", "large"]) == 2
-    assert f"--init {parts / 'small'}: no such file" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"the stage large starts from the weights of small, and {parts / 'small'} has none; train --stage" in error
+    assert train.main([*common, "--out", str(parts), "--steps", "3"]) == 2
+    assert "--steps has no effect: each stage of " in capsys.readouterr().err
     assert train.main([*common, "--out", str(parts), "--base-lr", "8e-3", "--stage", "small"]) == 0
     assert not (parts / "large" / "config.json").exists()
     assert train.main([*common, "--out", str(parts), "--base-lr", "8e-3"]) == 0
     assert f"{parts / 'small'} is finished" in capsys.readouterr().out
     assert same_weights(parts / "large", whole / "large")
+    # Both may be moved together, and a stage may be given weights of its own.
+    parts.rename(tmp_path / "moved")
+    assert train.main([*common, "--out", str(tmp_path / "moved"), "--base-lr", "8e-3"]) == 0
+    given = [*common, "--out", str(tmp_path / "given"), "--base-lr", "8e-3", "--stage", "large"]
+    assert train.main([*given, "--init", str(whole / "small")]) == 0
+    assert same_weights(tmp_path / "given" / "large", whole / "large")
     state = weights(whole / "large")
     assert state["text.positions_LD"].shape[0] == 6
+    assert export.main([str(whole), "--out", str(tmp_path / "x.safetensors")]) == 2
+    assert f"{whole} holds the stages large, small, each a run of its own; give " in capsys.readouterr().err
 
 
 def test_milestones_stay(shards: Path, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def describe(config: Config, model: CLIP, index: Index, order: Order | Mixture, 
     for shard in index.shards:
         if shard.problem:
             print(f"          {shard.path}: {shard.problem}; {shard.usable:,} samples before that are used")
+    print(f"batches   {batches_phrase(config)}")
     on_gpu = config.decoder == "dali" and config.device == "cuda"
     by_tower = ", ".join(f"{backend} ({tower})" for tower, backend in attention_backends(config).items())
     print(
@@ -42,6 +43,14 @@ def describe(config: Config, model: CLIP, index: Index, order: Order | Mixture, 
         f"attention {by_tower}; {torch.get_num_threads()} threads"
     )
     print(f"ranks     {layout}", flush=True)
+
+
+def batches_phrase(config: Config) -> str:
+    """Returns who makes a rank's batches."""
+    if not config.workers:
+        return f"by {config.threads} thread{'s' * (config.threads > 1)}"
+    unused = f"; --threads {config.threads} has no effect beside --workers" if config.threads > 1 else ""
+    return f"by {config.workers} worker process{'es' * (config.workers > 1)}{unused}"
 
 
 def memory_phrase(config: Config) -> str:

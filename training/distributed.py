@@ -138,14 +138,15 @@ def attempt() -> int:
 def joined(world: World, device: str) -> Generator[None]:
     """Connects the ranks: gloo between CPUs, and NCCL between GPUs, of which each rank takes the one of its number.
 
-    Raises ValueError where a host has more ranks than GPUs.
+    Raises ValueError, on all ranks of a host, where it has more ranks than GPUs.
     """
     on_cuda = device == "cuda"
     if on_cuda:
-        if world.local_rank >= torch.cuda.device_count():
+        num_here = max(world.local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if num_here > torch.cuda.device_count():
             raise ValueError(
-                f"{socket.gethostname()} has {torch.cuda.device_count()} GPUs, too few for rank {world.local_rank} "
-                "(from 0) on it; lower torchrun's --nproc-per-node"
+                f"{socket.gethostname()} has {torch.cuda.device_count()} GPUs, too few for the {num_here} ranks on it; "
+                "lower torchrun's --nproc-per-node"
             )
         torch.cuda.set_device(world.local_rank)
     if world.size == 1:

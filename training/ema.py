@@ -6,6 +6,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+EMA = "ema"
+"""Its group of tensors in a checkpoint."""
+
 
 class Ema:
     """average = decay * average + (1 - decay) * weights, after each step that was taken. Begins as the weights are."""

@@ -22,6 +22,8 @@ from .reporters import ReporterName
 
 TILED_ABOVE = 8_192
 """Global pairs above which --tiled-loss auto does without the batch x batch matrix."""
+DEFAULT_STEPS = 1_000
+"""Length of a run when nobody says."""
 STARTER = "data/emoji/train"
 """What --data is when nobody says: made on first use."""
 
@@ -82,7 +84,7 @@ class Config:
     lanes: int | None = None
     """Equal parts of the data that are read side by side; ranks share them evenly. By default up to 64."""
     steps: int | None = None
-    """Length of the run in steps; or give --samples."""
+    """Length of the run in steps; or give --samples. By default 1,000, or that of the run that is resumed."""
     samples: int | None = None
     """Length of the run in image-text pairs."""
     loss: LossKind = "infonce"
@@ -163,7 +165,9 @@ class Config:
     @property
     def total_steps(self) -> int:
         """Whole batches only: what is left of --samples over a multiple of the batch is not trained on."""
-        return self.steps if self.steps is not None else (self.samples or 0) // self.batch_size
+        if self.samples is not None:
+            return self.samples // self.batch_size if self.steps is None else self.steps
+        return DEFAULT_STEPS if self.steps is None else self.steps
 
     @property
     def peak_lr(self) -> float:
@@ -205,17 +209,16 @@ class Config:
         """Raises ValueError, in one line, for values that cannot be or do not go together; touches no data."""
         model_config(self.model)
         _ = self.geometry, self.crop, self.colour, self.sources
-        if (self.steps is None) == (self.samples is None):
-            given = "neither --steps nor --samples is given" if self.steps is None else "both --steps and --samples"
-            raise ValueError(f"{given}; give one of them: how long to train")
+        if self.steps is not None and self.samples is not None:
+            raise ValueError(f"both --steps {self.steps} and --samples {self.samples} are given; give one of them")
         least = {
             "batch_size": 2, "threads": 1, "workers": 0, "prefetch": 0, "log_every": 1, "checkpoint_every": 1,
             "keep_checkpoints": 1, "eval_every": 0, "warmup_samples": 0, "seed": 0, "text_tokens": 2, "lanes": 1,
-            "accumulate": 1, "milestone_every": 0, "grad_clip": 0, "peer_timeout": 5,
+            "accumulate": 1, "milestone_every": 0, "grad_clip": 0, "peer_timeout": 5, "weight_decay": 0,
         }  # fmt: skip
         for name, low in least.items():
             value = getattr(self, name)
-            if value is not None and value < low:
+            if value is not None and not value >= low:  # NaN is not
                 raise ValueError(f"{flag(name)} {value} is below {low}; give at least {low}")
         if self.seed >= 2**63:
             raise ValueError(f"--seed {self.seed} is not below 2**63; give a smaller one")

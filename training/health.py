@@ -64,6 +64,14 @@ def non_finite_run(step: int, run: Path, loader: "Loader", sample_ids: npt.NDArr
     )
 
 
+def out_of_memory(error: torch.OutOfMemoryError, rank: int) -> str:
+    """Returns the line to stop a run with whose step does not fit a GPU."""
+    return (
+        f"rank {rank}: {str(error).partition('. ')[0]}; give --grad-checkpointing, a larger --accumulate, or --shard, "
+        "with which the run goes on from its last checkpoint; or a smaller --batch-size, in a new --out"
+    )
+
+
 class Advice:
     """Says what to do about a spike of the loss or a wait for data, to standard error, each once in a run."""
 

@@ -16,6 +16,7 @@ from model.weights import Weights
 
 from . import checkpoint
 from .config import Config
+from .ema import EMA
 
 
 def starting_encoders(config: Config) -> tuple[ModelConfig, dict[str, torch.Tensor] | None]:
@@ -27,6 +28,12 @@ def starting_encoders(config: Config) -> tuple[ModelConfig, dict[str, torch.Tens
     if config.init is None:
         positions = "learned" if config.image_positions == "learned" else preset.image.positions
         return replace(preset, image=replace(preset.image, positions=positions)), None
+    of_stage = config.stage is not None and config.init.parent == config.run_folder.parent
+    if of_stage and not checkpoint.list_steps(config.init):
+        raise ValueError(
+            f"the stage {config.stage} starts from the weights of {config.init.name}, and {config.init} has none; "
+            f"train --stage {config.init.name} first, or all stages without --stage"
+        )
     found = read_run(config.init) if config.init.is_dir() else weights.read(config.init, preset)
     encoders, state, phrases = weights.hand_over(
         found,
@@ -43,26 +50,35 @@ def starting_encoders(config: Config) -> tuple[ModelConfig, dict[str, torch.Tens
 
 def recorded_encoders(run: Path) -> ModelConfig:
     """Returns the encoders that a run folder was made with, wherever its first weights came from."""
-    return from_json(_recorded(run)["encoders"])
+    return from_json(recorded_values(run)["encoders"])
 
 
-def read_run(run: Path) -> Weights:
-    """Returns the newest whole weights of a run folder. Raises ValueError, in one line, where there are none."""
-    recorded = _recorded(run)
+def read_run(run: Path, *, ema: bool = False) -> Weights:
+    """Returns the newest whole weights of a run folder, or their moving average. Raises ValueError, in one line, where
+    there are none."""
+    recorded = recorded_values(run)
     last, passed_over = checkpoint.newest(run)
     if last is None:
         reason = f"its checkpoints are damaged ({passed_over[0]})" if passed_over else "it has no checkpoint yet"
         raise ValueError(f"{run} has no weights: {reason}")
     config = from_json(recorded["encoders"])
     side = recorded["image_size"] // config.image.patch
-    return weights.own(str(last.path), config, last.model_tensors(), (side, side))
+    tensors, averages = last.model_tensors(), last.tensors(EMA) if ema else {}
+    if ema and not averages:
+        raise ValueError(f"{run} keeps no moving average of its weights; leave --ema out, or train with --ema 0.9999")
+    return weights.own(str(last.path), config, {**tensors, **averages}, (side, side))
 
 
-def _recorded(run: Path) -> dict[str, Any]:
+def recorded_values(run: Path) -> dict[str, Any]:
+    """Returns what a run folder's config.json holds. Raises ValueError, in one line, where there is none."""
     path = run / "config.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        stages = sorted(found.parent for found in run.glob("*/config.json"))
+        if stages:
+            names = ", ".join(stage.name for stage in stages)
+            raise ValueError(f"{run} holds the stages {names}, each a run of its own; give {stages[-1]}") from None
         raise ValueError(f"{run} is not a run folder: it has no config.json; `python train.py` makes one") from None
     except ValueError:
         raise ValueError(f"{path} is damaged; train again with --resume never") from None

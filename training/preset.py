@@ -38,7 +38,7 @@ class Stage:
     name: str | None
     """None: the run has one stage, and no preset that names it."""
     before: str | None
-    """The stage whose weights it starts from."""
+    """The stage whose weights it starts from; None where --init or nothing gives them."""
     flags: list[str]
     """All its flags, without --out and --init of the stage."""
 
@@ -60,9 +60,11 @@ def expand(arguments: Sequence[str], known: Collection[str]) -> list[Stage]:
         return [Stage(None, None, [*common, *arguments])]
     if wanted is not None:
         own = {name: value for name, value in preset.stages[wanted].items() if name not in given}
+        before = None if _value(arguments, "init") else _before(preset, wanted)
         kept = {name: value for name, value in preset.common.items() if name not in given | _with_synonyms(own)}
-        stages = [Stage(wanted, _before(preset, wanted), [*flags(kept), *flags(own), *arguments])]
+        stages = [Stage(wanted, before, [*flags(kept), *flags(own), *arguments])]
     else:
+        _refuse_without_effect(path, preset, arguments)
         stages = []
         for name, own in preset.stages.items():
             covered = _with_synonyms(own)
@@ -89,6 +91,8 @@ def read(path: Path, known: Collection[str]) -> Preset:
             raise ValueError(f'--preset {path}: the stage "{name}" names a folder; use letters, digits and dashes')
     checked = {name: _checked(path, stage, known, f"stages.{name}.") for name, stage in stages.items()}
     for name, stage in checked.items():
+        if "init" in stage and _before(Preset(path, {}, checked), name):
+            raise ValueError(f"--preset {path}: stages.{name}.init cannot be set; it starts from the stage before")
         if "out" in stage:
             raise ValueError(f"--preset {path}: stages.{name}.out cannot be set; a stage's folder is OUT/{name}")
     return Preset(path, _checked(path, table, known, ""), checked)
@@ -121,6 +125,16 @@ def _checked(path: Path, table: dict[str, Any], known: Collection[str], where: s
 def _before(preset: Preset, name: str) -> str | None:
     names = list(preset.stages)
     return names[names.index(name) - 1] if names.index(name) else None
+
+
+def _refuse_without_effect(path: str | None, preset: Preset, arguments: Sequence[str]) -> None:
+    """Raises ValueError for a flag of the command line that every stage sets itself."""
+    for name in sorted({name for argument in arguments if (name := _name(argument))}):
+        if all(name in _with_synonyms(own) for own in preset.stages.values()):
+            raise ValueError(
+                f"--{name.replace('_', '-')} has no effect: each stage of {path} sets its own; name the stage that it "
+                f"is for, such as --stage {next(iter(preset.stages))}"
+            )
 
 
 def _with_synonyms(names: Collection[str]) -> set[str]:

@@ -55,7 +55,11 @@ class Service:
             settings |= {"dir": str(run), "id": _identity(run), "resume": "allow" if step else None}
         else:
             settings |= {"resume": "allow" if step else "never"}
-        self._run = module.init(**settings)
+        try:
+            module.init(**settings)
+        # Each service has errors of its own, such as that nobody is logged in.
+        except Exception as error:
+            raise ValueError(f"--report-to {name} cannot start: {error}; mend that, or leave it out") from None
         self._module = module
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -69,7 +73,7 @@ class Reporters:
     """All the places that --report-to names."""
 
     def __init__(self, names: Sequence[ReporterName], run: Path, config: Mapping[str, Any], step: int) -> None:
-        """step: how many the run has done. Raises ValueError where a package that is named is not installed."""
+        """step: how many the run has done. Raises ValueError where one cannot start, or is not installed."""
         self._reporters: dict[str, Reporter] = {
             name: TensorBoard(run, config, step) if name == "tensorboard" else Service(name, run, config, step)
             for name in dict.fromkeys(names)

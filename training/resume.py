@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,11 @@ from pipeline.mixture import split_weights
 
 from . import checkpoint
 from .fields import Config, flag
+from .health import NON_FINITE
 from .metrics import LEDGER, METRICS, REJECTED
 
+JOB = "job"
+"""In config.json: which call of torchrun wrote it."""
 MAY_DIFFER = frozenset(
     {"data", "out", "preset", "stage", "resume", "steps", "samples", "base_lr", "vocabulary"}
     | {"threads", "workers", "prefetch", "decoder", "device"}
@@ -35,6 +39,7 @@ def refuse_other_run(old: Mapping[str, Any], config: Config, run: Path) -> None:
     new = record(config)
     # A field that an older version did not know was at its default then.
     old = {**record(Config()), **old}
+    old, new = _side_by_side(old), _side_by_side(new)
     # Of --data only the weights are part of the order; where the shards lie is not.
     old_shares, new_shares = split_weights(old.get("data", ()))[1], config.sources[1]
     phrases = [
@@ -46,6 +51,30 @@ def refuse_other_run(old: Mapping[str, Any], config: Config, run: Path) -> None:
         phrases.append(f"--data has {_weights(old_shares)} there and {_weights(new_shares)} here")
     if phrases:
         raise ValueError(f"{run} holds another run: {'; '.join(phrases)}; use another --out, or --resume never")
+
+
+def left_open(config: Config, *, restarted: bool) -> dict[str, Any]:
+    """Returns what a run that has a checkpoint says of values that the command line leaves open: its length, and the
+    warm-up that followed from it; {} for a new run.
+
+    restarted: torchrun started these processes again, so a run that they began before is resumed in any case.
+    """
+    old = _recorded(config.run_folder) or {}
+    kept: dict[str, Any] = {}
+    if restarted and old.get(JOB) == job():
+        kept["resume"] = "auto"
+    if not checkpoint.list_steps(config.run_folder) or (config.resume == "never" and not kept):
+        return kept
+    if config.steps is None and config.samples is None and "steps" in old:
+        kept["steps"] = old["steps"]
+    if config.warmup_samples is None and "warmup_samples" in old:
+        kept["warmup_samples"] = old["warmup_samples"]
+    return kept
+
+
+def job() -> str | None:
+    """Returns torchrun's name for what it runs, the same over its restarts; None without it."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def checkpoint_to_resume(config: Config) -> checkpoint.Checkpoint | None:
@@ -61,10 +90,9 @@ def checkpoint_to_resume(config: Config) -> checkpoint.Checkpoint | None:
         if checkpoint.list_steps(run):
             raise ValueError(f"{run} has checkpoints but no config.json; use another --out, or --resume never")
         return None
-    try:
-        old = json.loads(recorded.read_text())
-    except ValueError:
-        raise ValueError(f"{recorded} is damaged; use another --out, or --resume never") from None
+    old = _recorded(run)
+    if old is None:
+        raise ValueError(f"{recorded} is damaged; use another --out, or --resume never")
     refuse_other_run(old, config, run)
     last, passed_over = checkpoint.newest(run)
     for phrase in passed_over:
@@ -89,8 +117,25 @@ def clear(run: Path) -> None:
     """Deletes what an older run left in the folder; only once all that can be refused has been checked."""
     if (run / checkpoint.FOLDER).exists():
         shutil.rmtree(run / checkpoint.FOLDER)
-    for name in ("config.json", METRICS, REJECTED, LEDGER):
+    for name in ("config.json", METRICS, REJECTED, LEDGER, NON_FINITE):
         (run / name).unlink(missing_ok=True)
+
+
+def _recorded(run: Path) -> dict[str, Any] | None:
+    """Returns what config.json holds; None where it is missing or damaged."""
+    try:
+        old = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return old if isinstance(old, dict) else None
+
+
+def _side_by_side(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a run's values with the stage that it starts from by name alone: the folder of both may be moved."""
+    init, out = values.get("init"), values.get("out")
+    if values.get("stage") and init and out and Path(init).parent == Path(out).parent:
+        return {**values, "init": Path(init).name}
+    return values
 
 
 def _weights(shares: Sequence[float] | None) -> str:

@@ -9,8 +9,9 @@ INTERRUPTED = 130
 
 
 class StopSignal:
-    """Notes Ctrl-C and SIGTERM. Alone, a second one ends the process at once; under torchrun, which sends the same
-    signal to all ranks and kills them 30 seconds later, it does not."""
+    """Notes Ctrl-C and SIGTERM inside `with`, once for each stage. Alone, a second one ends the process at once; under
+    torchrun, which sends the same signal to all ranks and kills them 30 seconds later, it does not, and what comes
+    between two stages is noted too."""
 
     def __init__(self, *, among_others: bool = False) -> None:
         self.asked = False

@@ -16,20 +16,18 @@ from .scenes import PLACES, SINGLE_COLOURS, Background, Placed, Scene, with_arti
 NUM_GROUPS = (0.3, 0.7)
 """How often a scene has one kind of things and two. A caption of two fits into 20 text tokens."""
 COUNTS = ("", "two", "three", "four")
-SMALL, BIG = (0.14, 0.16), (0.26, 0.32)
+SMALL, BIG = (0.075, 0.095), (0.14, 0.18)
 """Longer side as a share of the image, from and to. A thing that is there several times is small, without the word."""
-JITTER = 0.015
-"""How far a thing may lie from its spot in the cell, as a share of the image."""
 RELATION_SHARE = 0.5
 """How often two groups in one row or column are placed by each other alone."""
 
-_SPOTS = (
-    ((0.0, 0.0),),
-    ((-0.5, -0.5), (0.5, 0.5)),
-    ((-0.5, -0.5), (0.5, -0.5), (0.0, 0.5)),
-    ((-0.5, -0.5), (0.5, -0.5), (-0.5, 0.5), (0.5, 0.5)),
+_SPOTS: tuple[tuple[tuple[float, float], ...], ...] = (
+    ((0, 0),),
+    ((0, 0), (1, 1)),
+    ((0, 0), (1, 0), (0.5, 1)),
+    ((0, 0), (1, 0), (0, 1), (1, 1)),
 )
-"""Where the things of a group stand, in cells from the middle of a cell with a margin; x, y."""
+"""Where the things of a group stand, in steps of their side and a pixel; x, y."""
 _IRREGULAR = {
     "mouse": "mice", "goose": "geese", "man": "men", "woman": "women", "wolf": "wolves", "knife": "knives",
     "leaf": "leaves", "foot": "feet", "tooth": "teeth", "fish": "fish", "sheep": "sheep", "deer": "deer",
@@ -50,9 +48,13 @@ def plan_groups(rng: np.random.Generator, pictures: Sequence[Picture], image_siz
     for picture, cell in zip(chosen, cells, strict=True):
         count = 1 + int(rng.integers(len(COUNTS)))
         size = ("small", "big")[int(rng.integers(2))] if count == 1 else ""
-        side = round(image_size * rng.uniform(*(BIG if size == "big" else SMALL)))
-        for spot in _SPOTS[count - 1]:
-            placed.append(_place(rng, picture, cell, spot, side, image_size, size))
+        side = int(image_size * rng.uniform(*(BIG if size == "big" else SMALL)))
+        # Anywhere in the cell, and never out of it: so groups lie apart.
+        slack = image_size / 3 - (side if count == 1 else 2 * side + 1)
+        left, top = (int(index * image_size / 3 + rng.uniform(0, slack)) for index in (cell % 3, cell // 3))
+        for x, y in _SPOTS[count - 1]:
+            at = (left + int(x * (side + 1)), top + int(y * (side + 1)))
+            placed.append(Placed(picture, *at, side, size, PLACES[cell]))
         things.append(with_article(picture.name, size) if count == 1 else f"{COUNTS[count - 1]} {plural(picture.name)}")
     background = Background("plain", (SINGLE_COLOURS[int(rng.integers(len(SINGLE_COLOURS)))],))
     relative = rng.random() < RELATION_SHARE
@@ -75,24 +77,6 @@ def plural(noun: str) -> str:
     else:
         last += "s"
     return f"{first}{space}{last}{split}{rest}"
-
-
-def _place(
-    rng: np.random.Generator,
-    picture: Picture,
-    cell: int,
-    spot: tuple[float, float],
-    side: int,
-    image_size: int,
-    size: str,
-) -> Placed:
-    # Two things side by side and their jitter just fill a cell.
-    step = 1 / 3 - SMALL[1] - 2 * JITTER
-    starts: list[int] = []
-    for index, offset in zip((cell % 3, cell // 3), spot, strict=True):
-        centre = (index + 0.5) / 3 + offset * step + rng.uniform(-JITTER, JITTER)
-        starts.append(min(max(round(centre * image_size - side / 2), 0), image_size - side))
-    return Placed(picture, starts[0], starts[1], side, size, PLACES[cell])
 
 
 def _said(rng: np.random.Generator, things: Sequence[str], cells: Sequence[int], *, relative: bool) -> str:
