@@ -137,7 +137,7 @@ def survives_damage(context: Context) -> None:
     from pipeline.decode_dali import DaliDecoder
     from pipeline.jpeg import fatal_error
 
-    from .damage import DAMAGES
+    from .damages import DAMAGES
 
     geometry = token_geometry(16)
     pictures = _pictures(16)

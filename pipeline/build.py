@@ -31,7 +31,7 @@ from .store import Limits, ReadFailed, Store, cache_root
 from .workers import WorkerPool
 
 INDEX_NAME = "_index.parquet"
-VERSION = 3
+VERSION = 4
 """Raise it when the same shards give other rows, or their record changes: older files are built anew."""
 PART_SHARDS = 1024
 """Of one index file: its footer is then under 1 MB, and a killed build loses minutes."""

@@ -35,7 +35,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-quick = partial(Limits, attempts=3, first_wait_s=0.01, stall_s=0.5, floor_bytes_per_s=20_000)
+quick = partial(Limits, attempts=3, first_wait_s=0.01)
 
 
 class Faults(http.server.SimpleHTTPRequestHandler):
@@ -216,8 +216,8 @@ def test_a_web_server_by_braces_and_by_list(web: tuple[str, type[Faults], Path],
         ("drops", "."),
         ("short", r"[\d,]+ bytes came where [\d,]+ are listed"),
         ("long", r"more than the [\d,]+ bytes that are listed"),
-        ("crawls", r"[\d,]+ bytes in 0.5 s"),
-        ("silent", r"0 bytes in 0.5 s"),
+        ("crawls", r"[\d,]+ bytes in 1 s"),
+        ("silent", r"0 bytes in 1 s"),
     ],
 )
 def test_a_fault_is_ridden_out_or_stops_the_run(
@@ -225,12 +225,13 @@ def test_a_fault_is_ridden_out_or_stops_the_run(
 ) -> None:
     url, handler, _ = web
     handler.faults["/00002.tar"] = (fault, 1)
-    index = open_index([f"{url}/00002.tar"], limits=quick())
+    limits = quick(stall_s=1.0) if fault in ("crawls", "silent") else quick()
+    index = open_index([f"{url}/00002.tar"], limits=limits)
     assert index.digest == open_index_of(shards, "00002.tar").digest
     assert f"{url}/00002.tar: " in capsys.readouterr().err
     handler.faults["/00003.tar"] = (fault, -1)
     with pytest.raises(ReadFailed, match=rf"^{url}/00003\.tar: gave up after 3 attempts \({reason}[^\n]*$"):
-        open_index([f"{url}/{{00002..00003}}.tar"], limits=quick())
+        open_index([f"{url}/{{00002..00003}}.tar"], limits=limits)
     assert handler.gets.count("/00003.tar") == 3
     cache = index.store.limits.cache_folder
     assert len(list(cache.glob("*.shard"))) == 1
@@ -517,13 +518,13 @@ def test_a_full_cache_of_files_in_use_says_so(tmp_path: Path) -> None:
 
 
 def test_a_fetch_under_way_is_waited_for_and_other_files_are_left_alone(tmp_path: Path) -> None:
-    cache = FileCache(tmp_path, 10, full_wait_s=0.1)
+    cache = FileCache(tmp_path, 10, full_wait_s=0.5)
     foreign = [tmp_path / name for name in ("notes.partial", "10.partial", "a.b.partial", "notes.txt")]
     for path in foreign:
         path.write_bytes(b"x" * 100)
 
     def slowly(path: Path) -> None:
-        time.sleep(0.5)
+        time.sleep(1.0)
         path.write_bytes(b"x" * 10)
 
     def contents(name: str) -> bytes:
@@ -591,7 +592,7 @@ def sharing(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 def test_processes_share_a_cache_within_its_bound(tmp_path: Path) -> None:
     processes = [sharing(tmp_path, "live", "150") for _ in range(3)]
     for process in processes:
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
     assert [process.returncode for process in processes] == [0, 0, 0]
 
 

@@ -105,7 +105,7 @@ def test_what_fails_once_fails_once_until_it_is_reset() -> None:
             if turn == 2:
                 web.reset()
             try:
-                with urllib.request.urlopen(f"{web.url}/trouble/503-once", timeout=8) as response:
+                with urllib.request.urlopen(f"{web.url}/trouble/503-once", timeout=60) as response:
                     seen.append(response.status)
             except urllib.error.HTTPError as error:
                 error.close()
@@ -124,7 +124,7 @@ def test_it_runs_alone(tmp_path: Path) -> None:
         assert re.fullmatch(r"listening on http://127\.0\.0\.1:\d+\n", line)
         urls = pq.read_table(path)["url"].to_pylist()
         assert urls[7].startswith(line.split()[-1])
-        with urllib.request.urlopen(urls[7], timeout=8) as response:
+        with urllib.request.urlopen(urls[7], timeout=60) as response:
             assert response.read() == picture(7)
         process.stdin.close()
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
