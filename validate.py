@@ -26,7 +26,9 @@ from pipeline.stills import MISSING, Interpolation, Preprocess, Resize
 from pipeline.tokens import token_geometry
 from training import checkpoint
 from training.config import resolved_device
+from training.ema import EMA
 from training.held_out import Faults, HeldOut, ImageFeatures, ShardSet, local_folder, zero_shot_accuracy
+from training.initial import recorded_values
 from training.layouts import Layout, Source, open_held_out
 
 __all__ = ["ShardSet", "Validate", "local_folder", "main", "validate", "zero_shot_accuracy"]
@@ -64,6 +66,8 @@ class Validate:
     decoder: Literal["dali", "turbo"] = "turbo"
     """Of shards; all else is read by Pillow."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    ema: bool = False
+    """Measure the moving average of the weights, which a run with --ema keeps."""
     vocabulary: Path | None = None
     """The tokenizer's vocabulary file; by default the one trained with, or that of an installed package."""
 
@@ -177,12 +181,7 @@ def _preprocess(config: Validate) -> Preprocess | None:
 
 def load_run(run: Path, config: Validate) -> tuple[CLIP, Settings, int]:
     """Returns a run's newest model, what its batches look like, and its step. Raises ValueError where there is none."""
-    try:
-        recorded = json.loads((run / "config.json").read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{run} is not a run folder: it has no config.json; `python train.py` makes one") from None
-    except ValueError:
-        raise ValueError(f"{run / 'config.json'} is damaged; train again with --resume never") from None
+    recorded = recorded_values(run)
     last, passed_over = checkpoint.newest(run)
     for phrase in passed_over:
         print(f"passed over a damaged checkpoint: {phrase}", file=sys.stderr)
@@ -197,6 +196,11 @@ def load_run(run: Path, config: Validate) -> tuple[CLIP, Settings, int]:
         patch=encoders.image.patch,
     )
     state = last.model_tensors()
+    if config.ema:
+        averages = last.tensors(EMA)
+        if not averages:
+            raise ValueError(f"{run} keeps no moving average of its weights; leave --ema out, or train with --ema 0.9999")
+        state |= averages
     bias = float(state["logit_bias"]) if "logit_bias" in state else None
     model = CLIP(encoders, grid=geometry.grid, text_tokens=recorded["text_tokens"], logit_bias=bias)
     model.load_state_dict(state)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import simplejpeg
+
+# As train.py does for itself: threads that spin while they wait take a core from those that work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from PIL import Image
 

@@ -199,3 +199,20 @@ def test_bad_initial_weights_are_one_line(shards: Path, tmp_path: Path, capsys: 
         assert message in error
         assert error.count("\n") == 1
     assert not (tmp_path / "new" / "config.json").exists()
+
+
+def test_the_moving_average_is_exported_where_it_is_asked_for(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "clip" / "model.safetensors"
+    small = ("--model", "ViT-Ti-16", "--tokens", "4", "--text-tokens", "6", "--batch-size", "32", "--device", "cpu")
+    assert train.main(["--data", str(shards), "--out", str(run), "--steps", "3", *small, "--ema", "0.5"]) == 0
+    newest = checkpoint.newest(run)[0]
+    assert newest is not None
+    for more, group in (((), "model"), (("--ema",), "ema")):
+        assert export.main([str(run), "--out", str(out), *more]) == 0
+        wanted = newest.tensors(group)["image.blocks.0.mlp_in.weight"]
+        assert torch.equal(load_file(out)["visual.transformer.resblocks.0.mlp.c_fc.weight"], wanted)
+    make_run(tmp_path / "other", TINY, 4, 8)
+    assert export.main([str(tmp_path / "other"), "--out", str(out), "--ema"]) == 2
+    assert "keeps no moving average of its weights" in capsys.readouterr().err

@@ -114,7 +114,8 @@ class World:
 
 def place() -> World:
     """Returns this process's place among those that torchrun started; one alone without it. Exchanges nothing."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    # Some clusters set WORLD_SIZE for every job; torchrun sets all three.
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not {"RANK", "LOCAL_RANK"} <= os.environ.keys():
         return World()
     return World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 

@@ -16,7 +16,7 @@ from .scenes import PLACES, SINGLE_COLOURS, Background, Placed, Scene, with_arti
 NUM_GROUPS = (0.3, 0.7)
 """How often a scene has one kind of things and two. A caption of two fits into 20 text tokens."""
 COUNTS = ("", "two", "three", "four")
-SMALL, BIG = (0.075, 0.095), (0.14, 0.18)
+SMALL, BIG = (0.10, 0.125), (0.20, 0.25)
 """Longer side as a share of the image, from and to. A thing that is there several times is small, without the word."""
 RELATION_SHARE = 0.5
 """How often two groups in one row or column are placed by each other alone."""
@@ -58,8 +58,7 @@ def plan_groups(rng: np.random.Generator, pictures: Sequence[Picture], image_siz
         things.append(with_article(picture.name, size) if count == 1 else f"{COUNTS[count - 1]} {plural(picture.name)}")
     background = Background("plain", (SINGLE_COLOURS[int(rng.integers(len(SINGLE_COLOURS)))],))
     relative = rng.random() < RELATION_SHARE
-    said = _said(rng, things, cells, relative=relative)
-    return Scene(tuple(placed), background, f"{said} on {background.colours[0]}")
+    return Scene(tuple(placed), background, _said(rng, things, cells, relative=relative))
 
 
 def plural(noun: str) -> str:
