@@ -199,7 +199,9 @@ def load_run(run: Path, config: Validate) -> tuple[CLIP, Settings, int]:
     if config.ema:
         averages = last.tensors(EMA)
         if not averages:
-            raise ValueError(f"{run} keeps no moving average of its weights; leave --ema out, or train with --ema 0.9999")
+            raise ValueError(
+                f"{run} keeps no moving average of its weights; leave --ema out, or train with --ema 0.9999"
+            )
         state |= averages
     bias = float(state["logit_bias"]) if "logit_bias" in state else None
     model = CLIP(encoders, grid=geometry.grid, text_tokens=recorded["text_tokens"], logit_bias=bias)
