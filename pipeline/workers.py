@@ -1,4 +1,4 @@
-"""How worker processes begin and end: never by Ctrl-C while they start, and always with the process that began them."""
+"""How worker processes begin and end: Ctrl-C is their parent's to answer, and they end with it, whatever ends it."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -29,7 +29,7 @@ def ctrl_c_blocked() -> Generator[None]:
 
 
 class WorkerPool(ProcessPoolExecutor):
-    """A pool whose workers end by Ctrl-C without a word, and with this process, even one that was killed."""
+    """A pool whose workers leave Ctrl-C to this process, and end with it, even when it is killed."""
 
     def __init__(self, workers: int, initializer: Callable[..., object] | None = None, *arguments: Any) -> None:
         """initializer: called in each worker, with the arguments."""
@@ -45,9 +45,18 @@ class WorkerPool(ProcessPoolExecutor):
         with ctrl_c_blocked():
             return super().submit(fn, *args, **kwargs)
 
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """See ProcessPoolExecutor. cancel_futures: also ends what the workers are doing, without waiting for it."""
+        workers = [*(self._processes or {}).values()]
+        super().shutdown(wait, cancel_futures=cancel_futures)
+        if cancel_futures:
+            # Not by Ctrl-C themselves: this process could take their death for a crash before its own signal comes.
+            for worker in workers:
+                worker.terminate()
+
 
 def _start_worker(initializer: Callable[..., object] | None, arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
     sentinel = parent.sentinel
