@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from PIL import Image
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As a shell starts what runs in its background. Tests and the commands that they start answer Ctrl-C all the same.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Pixels = npt.NDArray[np.uint8]
 

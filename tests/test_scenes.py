@@ -220,9 +220,8 @@ def test_grouped_captions_say_how_many_how_big_and_where(seed: int, image_size: 
     groups: dict[str, list[Placed]] = {}
     for item in scene.placed:
         groups.setdefault(item.picture.name, []).append(item)
-    said, _, colour = scene.caption.rpartition(" on ")
-    assert (colour,) == scene.background.colours
-    assert colour in SINGLE_COLOURS
+    said = scene.caption
+    assert set(scene.background.colours) <= set(SINGLE_COLOURS)
     between = next((words for words in BETWEEN if f" {words} " in said), None)
     parts = said.split(f" {between} ") if between else re.split(r", | and ", said)
     assert len(parts) == len(groups)
@@ -265,9 +264,10 @@ def test_grouped_things_lie_apart_inside_the_image(seed: int) -> None:
 def test_grouped_scenes_are_of_many_kinds() -> None:
     scenes = [plan_grouped(seed) for seed in range(400)]
     captions = [scene.caption for scene in scenes]
-    for word in (*COUNTS[1:], *BETWEEN, *PLACES, "small", "big", *SINGLE_COLOURS):
+    for word in (*COUNTS[1:], *BETWEEN, *PLACES, "small", "big"):
         assert any(word in caption for caption in captions), word
-    assert len(set(captions)) > 380
+    assert len(set(captions)) > 300
+    assert {scene.background.colours[0] for scene in scenes} == set(SINGLE_COLOURS)
     assert plan_grouped(5) == plan_grouped(5)
     assert len({item.picture.name for item in plan_grouped(3, pictures=GROUPED[:1]).placed}) == 1
 

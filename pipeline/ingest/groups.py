@@ -1,8 +1,8 @@
 """Random numbers and the pictures of one style in, a grouped scene out: few kinds of things, small, counted and placed.
 
 What the caption says of such a scene (how many, which, how big, where, on which side of one another) is lost when the
-image is made small, so these scenes tell how many image tokens a model needs. The background, which can be seen at any
-size, is what a model learns first: without it, one that sees few tokens stays at chance for long.
+image is made small, so these scenes tell how many image tokens a model needs. The background is not said: it shows at
+any size, and a small model would learn little else.
 """
 
 import re
@@ -14,9 +14,9 @@ from .art import Picture
 from .scenes import PLACES, SINGLE_COLOURS, Background, Placed, Scene, with_article
 
 NUM_GROUPS = (0.3, 0.7)
-"""How often a scene has one kind of things and two. A caption of two fits into 20 text tokens."""
+"""How often a scene has one kind of things and two. A caption of two fits into 16 text tokens."""
 COUNTS = ("", "two", "three", "four")
-SMALL, BIG = (0.10, 0.125), (0.20, 0.25)
+SMALL, BIG = (0.12, 0.145), (0.24, 0.30)
 """Longer side as a share of the image, from and to. A thing that is there several times is small, without the word."""
 RELATION_SHARE = 0.5
 """How often two groups in one row or column are placed by each other alone."""
