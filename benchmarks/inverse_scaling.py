@@ -94,7 +94,7 @@ def dry_run(sweep: Sweep, asked: InverseScaling) -> None:
     seconds = scaling_probe.total(list(found.values()))
     print(
         f"{len(left)} of {len(sweep.points)} points to run, {sum(point.total_gflops for point in left) / 1000:,.0f} "
-        f"TFLOP, about {seconds / 3600:.1f} hours on this machine as it is"
+        f"TFLOP, about {seconds / 3600:.1f} hours on this machine if it is left alone"
     )
 
 
