@@ -18,6 +18,7 @@ from model.huggingface import END_ID, START_ID, huggingface_config, to_huggingfa
 from model.openclip import openclip_config, to_openclip
 from model.weights import OPENCLIP_CONFIG, Weights
 from pipeline.bpe import ClipBPE
+from pipeline.command import exit_code
 from pipeline.files import replacing, write_text
 from pipeline.wordpiece import CLS_ID, WordPiece
 from training.initial import read_run
@@ -47,18 +48,10 @@ class Export:
     """What is to load it. CLIPModel is the BPE dialect with the class token pooled; what does not fit is refused."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for what the user can mend."""
-    config = tyro.cli(Export, args=arguments, description=__doc__)
-    try:
-        export(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+@exit_code
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command."""
+    export(tyro.cli(Export, args=arguments, description=__doc__))
 
 
 def export(config: Export) -> None:

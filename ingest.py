@@ -59,44 +59,8 @@ class Ingest:
 
 
 @dataclass(frozen=True)
-class Folder:
-    """Make image-text shards from a folder of pictures: each is decoded, checked, turned upright and made JPEG.
-
-    Without --metadata a picture's caption is in the .txt file of its name, else in the .json file (the key caption or
-    text); in a folder that has no such file at all, the folder's name is the caption. The same command continues what
-    was interrupted.
-    """
-
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """Folder of pictures, with folders in it. Nothing outside it is opened."""
-    out: Path
-    """Folder for the shards."""
-    metadata: Path | None = None
-    """A table (.csv, .tsv, .parquet) of paths and captions. Paths that are not absolute start at the table's folder."""
-    path_column: str = "path"
-    """Of the table."""
-    caption_column: str = "caption"
-    """Of the table."""
-    shrink: int | None = 256
-    """Short side of the pictures in pixels; none is enlarged. None: sizes stay."""
-    min_image_size: int = 32
-    """Pictures with a shorter side, in pixels, are left out."""
-    max_aspect_ratio: int = 10
-    """Pictures with one side over so many times the other are left out."""
-    license: str = ""
-    """Kept with each sample."""
-    samples_per_shard: int = own.SAMPLES_PER_SHARD
-    """Rows of a shard, those that are left out included."""
-    workers: int = os.cpu_count() or 1
-    """Processes. Their number does not change the data."""
-
-
-@dataclass(frozen=True)
-class Shards:
-    """Make shards from existing webdataset shards: each picture is decoded, checked, turned upright and made JPEG.
-
-    Captions, classes and what else a sample has are kept. The same command continues what was interrupted.
-    """
+class OwnData:
+    """What making shards from one's own pictures asks for, wherever they are."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """Folder that holds .tar shards."""
@@ -109,11 +73,40 @@ class Shards:
     max_aspect_ratio: int = 10
     """Pictures with one side over so many times the other are left out."""
     license: str = ""
-    """Kept with each sample; empty: what the sample's json says."""
+    """Kept with each sample. Empty, of shards: what the sample's json says."""
     samples_per_shard: int = own.SAMPLES_PER_SHARD
     """Rows of a shard, those that are left out included."""
     workers: int = os.cpu_count() or 1
     """Processes. Their number does not change the data."""
+
+
+@dataclass(frozen=True)
+class Folder(OwnData):
+    """Make image-text shards from a folder of pictures: each is decoded, checked, turned upright and made JPEG.
+
+    Without --metadata a picture's caption is in the .txt file of its name, else in the .json file (the key caption or
+    text); in a folder that has no such file at all, the folder's name is the caption. The same command continues what
+    was interrupted.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """Folder of pictures, with folders in it. Nothing outside it is opened."""
+    shrink: int | None = 256
+    """Short side of the pictures in pixels; none is enlarged. None: sizes stay."""
+    metadata: Path | None = None
+    """A table (.csv, .tsv, .parquet) of paths and captions. Paths that are not absolute start at the table's folder."""
+    path_column: str = "path"
+    """Of the table."""
+    caption_column: str = "caption"
+    """Of the table."""
+
+
+@dataclass(frozen=True)
+class Shards(OwnData):
+    """Make shards from existing webdataset shards: each picture is decoded, checked, turned upright and made JPEG.
+
+    Captions, classes and what else a sample has are kept. The same command continues what was interrupted.
+    """
 
 
 @dataclass(frozen=True)

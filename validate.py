@@ -16,13 +16,15 @@ import numpy.typing as npt
 import torch
 import tyro
 
-from evaluation.report import MAX_PICTURES, Sheet, draw, format_table
+from evaluation.report import MAX_PICTURES, Sheet, draw
 from evaluation.retrieval import recall
 from evaluation.zero_shot import best_names, nearest_neighbour_baseline
 from model.clip import CLIP
 from model.presets import from_json
+from pipeline.command import exit_code
 from pipeline.loader import Settings
 from pipeline.stills import MISSING, Interpolation, Preprocess, Resize
+from pipeline.table import format_table
 from pipeline.tokens import token_geometry
 from training import checkpoint
 from training.config import resolved_device
@@ -72,19 +74,10 @@ class Validate:
     """The tokenizer's vocabulary file; by default the one trained with, or that of an installed package."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for what the user can mend."""
-    config = tyro.cli(Validate, args=arguments, description=__doc__)
-    try:
-        results = validate(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    print(json.dumps(results))
-    return 0
+@exit_code
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command."""
+    print(json.dumps(validate(tyro.cli(Validate, args=arguments, description=__doc__))))
 
 
 def validate(config: Validate) -> dict[str, Any]:

@@ -1,31 +1,14 @@
-"""What the commands of the benchmarks do alike: an exit code for the shell, and figures into a file."""
+"""What the commands of the benchmarks write alike: figures and pictures, into files."""
 
-import functools
 import json
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any
 
-Arguments = ParamSpec("Arguments")
+from pipeline.files import replacing
 
-
-def exit_code(run: Callable[Arguments, None]) -> Callable[Arguments, int]:
-    """Returns a command that gives its exit code: 0; 2 for what the user can mend, said in one line; 130 for Ctrl-C."""
-
-    @functools.wraps(run)
-    def main(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
-        try:
-            run(*args, **kwargs)
-        except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
-        return 0
-
-    return main
+if TYPE_CHECKING:  # most commands draw nothing
+    from matplotlib.figure import Figure
 
 
 def write_json(path: Path | None, result: Mapping[str, Any], indent: int | None = 1) -> None:
@@ -33,3 +16,10 @@ def write_json(path: Path | None, result: Mapping[str, Any], indent: int | None 
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=indent) + "\n")
+
+
+def write_picture(figure: "Figure", path: Path) -> None:
+    """Writes a whole PNG, or nothing. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)

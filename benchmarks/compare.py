@@ -13,7 +13,7 @@ from typing import Any, TypeGuard, cast
 
 import tyro
 
-from .command import exit_code
+from pipeline.command import exit_code
 
 _RANGE = "_range"
 _SPREAD = {"median", "low", "high"}

@@ -3,13 +3,9 @@
 Each runs a number of batches and says how many images that were and what they cost; nothing else of them is compared.
 """
 
-import json
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,7 +24,8 @@ from pipeline.read import Reader
 from pipeline.scaled import scaled_side
 from pipeline.tokens import Geometry
 
-PEERS_PYTHON = Path(__file__).parents[1] / ".venv-peers" / "bin" / "python"
+from .peer_process import PEERS_PYTHON, PeerProcess, Skipped
+
 STOCK_SIZE = 224
 """Pixels a side that DALI's stock pipeline resizes to."""
 _BARE_IMAGES = 1024
@@ -56,10 +53,6 @@ class Contender(Protocol):
     def run(self, batches: int) -> Round: ...
 
     def close(self) -> None: ...
-
-
-class Skipped(Exception):
-    """A contender that this machine does not have, or that died; says why, in one line."""
 
 
 class OurLoader:
@@ -126,41 +119,15 @@ class OpenClip:
         # -P: the folder of the script holds modules of ours, which it must not see.
         command = [python, "-P", Path(__file__).with_name("peers.py"), *shards, "--image-size", image_size]
         command += ["--batch-size", batch_size, "--workers", workers]
-        # Not a pipe, which nobody would empty while it runs: once full, it would stop the peer.
-        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  # closed with the peer
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(
-            list(map(str, command)), stdin=pipe, stdout=pipe, stderr=self._errors, text=True
-        )
-        try:
-            self.about = self._answer()
-        except Skipped:
-            self.close()
-            raise
+        self._peer = PeerProcess(list(map(str, command)))
+        self.about = self._peer.answer()
 
     def run(self, batches: int) -> Round:
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it died: its answer, which does not come, says why
-            self._process.stdin.write(f"{batches}\n")
-            self._process.stdin.flush()
-        answer = self._answer()
+        answer = self._peer.ask(batches)
         return Round(answer["images"], answer["cpu_s"], answer["wall_s"], {})
 
     def close(self) -> None:
-        # Its input ends, and so does it.
-        self._process.communicate()
-        self._errors.close()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line.endswith("\n"):  # half a line is what a peer that was killed leaves
-            self._process.communicate()
-            self._errors.seek(0)
-            words = self._errors.read().split("\n")
-            last = next((word.strip() for word in reversed(words) if word.strip()), "it said nothing")
-            raise Skipped(f"{last} (exit status {self._process.returncode})")
-        return json.loads(line)
+        self._peer.close()
 
 
 class StockDali:

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 import tyro
 
-from evaluation.report import format_table
+from pipeline.command import exit_code
 from pipeline.index import Index, open_index
 from pipeline.loader import DecoderName, Loader, Settings
 from pipeline.order import Order, default_lanes
+from pipeline.table import format_table
 
 from .cases import Case
-from .command import exit_code, write_json
+from .command import write_json
 from .damages import DAMAGES, damage_images
 from .environment import environment
 

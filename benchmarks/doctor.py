@@ -21,6 +21,7 @@ import torch
 
 from model.clip import gflops_per_pair
 from model.presets import ModelConfig, model_config
+from pipeline.command import exit_code
 from pipeline.loader import DecoderName
 from pipeline.order import default_lanes
 from training.config import Config, parse, resolved
@@ -39,22 +40,18 @@ _LEAST_BATCH = 16
 _LARGEST_PROBE = 1024
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for what the user can mend."""
+@exit_code
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the report."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        names = {argument.partition("=")[0] for argument in given}
-        # How long the run is changes nothing here.
-        length = [] if names & {"--steps", "--samples", "--preset"} else ["--steps", "1000000"]
-        stages = parse([*length, *given], __doc__ or "")
-        config = resolved(stages[0], cuda=torch.cuda.is_available())
-        if len(stages) > 1:
-            print(f"stage     {stages[0].stage}, the first of {len(stages)}; --stage chooses another")
-        print(examine(config))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    names = {argument.partition("=")[0] for argument in given}
+    # How long the run is changes nothing here.
+    length = [] if names & {"--steps", "--samples", "--preset"} else ["--steps", "1000000"]
+    stages = parse([*length, *given], __doc__ or "")
+    config = resolved(stages[0], cuda=torch.cuda.is_available())
+    if len(stages) > 1:
+        print(f"stage     {stages[0].stage}, the first of {len(stages)}; --stage chooses another")
+    print(examine(config))
 
 
 def examine(config: Config, seconds: float = SECONDS) -> str:

@@ -23,11 +23,12 @@ import torch
 import tyro
 
 from model.presets import ModelConfig, model_config
+from pipeline.command import exit_code
 from pipeline.loader import DecoderName
 from pipeline.tokens import Geometry, ImageReduction, token_geometry
 from train import SWITCH_INTERVAL
 
-from .command import exit_code, write_json
+from .command import write_json
 from .environment import environment
 from .step_crossing import Crossing, EndToEndRow, crossings, draw_crossing, format_crossings, format_end_to_end
 from .step_joint import Joint, LoaderAndModel

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -25,6 +26,13 @@ def environment() -> dict[str, str | int | float | None]:
         **versions,
         "commit": _commit(),
     }
+
+
+def warn_of_load(consequence: str) -> None:
+    """Says so on stderr where others use the machine, and what that does to the figures."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores / 2:
+        print(f"load average {load:.1f} on {cores} cores: {consequence}", file=sys.stderr)
 
 
 def _cpu_name() -> str | None:

@@ -20,16 +20,17 @@ import numpy as np
 import pyarrow as pa
 import tyro
 
-from evaluation.report import format_table
 from pipeline.build import INDEX_NAME, PART_SHARDS, part_name, scan_shard, write_part
+from pipeline.command import exit_code
 from pipeline.index import open_index
 from pipeline.order import Order
 from pipeline.read import Reader
 from pipeline.scan import SCHEMA, ShardInfo
 from pipeline.sources import Shard
 from pipeline.store import Limits, Store
+from pipeline.table import format_table
 
-from .command import exit_code, write_json
+from .command import write_json
 from .environment import environment
 
 

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from evaluation.report import format_table
 from pipeline.files import only_writer, write_text
+from pipeline.table import format_table
 from training.config import resolved_device
 from training.signals import INTERRUPTED
 

@@ -9,10 +9,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .contenders import Contender, Round, Skipped
+from .contenders import Contender, Round
+from .peer_process import Skipped
 
 OPEN_CLIP, STOCK, BARE_SCALED, BARE_FULL = "open_clip", "DALI stock", "bare decode, scaled", "bare decode, full"
-OURS = ("turbo", "dali")
 
 
 @dataclass(frozen=True)

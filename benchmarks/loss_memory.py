@@ -17,8 +17,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from model.loss import Features, LossKind, contrastive_loss
+from pipeline.command import exit_code
 
-from .command import exit_code, write_json
+from .command import write_json
 from .environment import environment
 
 _RESULTS = Path(__file__).parent / "results"

@@ -20,12 +20,13 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from pipeline.command import exit_code
 from pipeline.index import open_index
 from pipeline.loader import DecoderName, Loader, Settings
 from pipeline.order import Order, default_lanes
 
 from .cases import Case
-from .command import exit_code, write_json
+from .command import write_json
 from .environment import environment
 
 _PIECES = 10

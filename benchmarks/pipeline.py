@@ -7,7 +7,6 @@ others: open_clip makes its batches without hand-over between processes and take
 area); the stock reader cuts no captions.
 """
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,15 +18,17 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from pipeline.command import exit_code
 from pipeline.index import Index, open_index
 from pipeline.loader import DecoderName
 from pipeline.tokens import ImageReduction
 
 from .cases import STANDARD_CASES, Case
-from .command import exit_code, write_json
-from .contenders import PEERS_PYTHON, BareDecode, Contender, OpenClip, OurLoader, Skipped, StockDali, gil_us
-from .environment import environment
+from .command import write_json
+from .contenders import BareDecode, Contender, OpenClip, OurLoader, StockDali, gil_us
+from .environment import environment, warn_of_load
 from .loader_rounds import BARE_FULL, BARE_SCALED, OPEN_CLIP, STOCK, batches_for, figures, take_turns
+from .peer_process import PEERS_PYTHON, Skipped
 from .pipeline_report import Row, draw_plot, format_rows, format_stages
 
 
@@ -106,7 +107,10 @@ def main(arguments: list[str] | None = None) -> None:
     config = tyro.cli(Benchmark, args=arguments, description=__doc__)
     config.check()
     before = environment()
-    _warn_of_load()
+    # Others cost caches too, and the loader with the larger footprint the most.
+    warn_of_load(
+        "CPU times come out longer, open_clip's most of all, and GIL times mean nothing; run this on a quiet machine"
+    )
     found = measure(config)
     rows = [*found.rows, *found.peers]
     for name, reason in found.skipped.items():
@@ -116,17 +120,6 @@ def main(arguments: list[str] | None = None) -> None:
         draw_plot(rows, config.plot)
         print(f"picture: {config.plot}")
     write_json(config.json, {"environment": before, "data": list(map(str, config.data)), **asdict(found)})
-
-
-def _warn_of_load() -> None:
-    """Says so where others use the machine: they cost caches too, and the loader with the larger footprint the most."""
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load > cores / 2:
-        print(
-            f"load average {load:.1f} on {cores} cores: CPU times come out longer, open_clip's most of all, and GIL "
-            "times mean nothing; run this on a quiet machine",
-            file=sys.stderr,
-        )
 
 
 def measure(config: Benchmark) -> Measured:

@@ -1,6 +1,5 @@
 """Rows of the loader benchmark in; tables and a plot out."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ from matplotlib.figure import Figure as Plot
 from matplotlib.ticker import StrMethodFormatter
 
 from evaluation.lettering import FONT
-from evaluation.report import format_table
+from pipeline.table import format_table
 
+from .command import write_picture
 from .loader_rounds import BARE_FULL, BARE_SCALED, OPEN_CLIP, STOCK, Figure, slowest_stage
 
 
@@ -104,10 +104,7 @@ def draw_plot(rows: Sequence[Row], out: Path) -> None:
             _draw_panel(axes, data, [row for row in rows if row.data == data])
             if number == 0:
                 plot.legend(*axes.get_legend_handles_labels(), loc="outside upper right", frameon=False, ncols=6)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.tmp")
-    plot.savefig(unfinished, format="png", dpi=120)
-    os.replace(unfinished, out)
+    write_picture(plot, out)
 
 
 def _draw_panel(axes: Axes, data: str, rows: Sequence[Row]) -> None:

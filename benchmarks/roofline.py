@@ -18,11 +18,12 @@ from typing import Any, Literal
 
 import tyro
 
-from evaluation.report import format_table
 from model.clip import gflops_per_pair
 from model.presets import model_config
+from pipeline.command import exit_code
+from pipeline.table import format_table
 
-from .command import exit_code, write_json
+from .command import write_json
 from .published import RUNS, Run, Stage
 
 PEAK_TFLOPS = {"a100": 312.0, "h100": 989.0, "h200": 989.0}

@@ -1,6 +1,5 @@
 """Measurements of a sweep in; tables and plots out, beside the curves of CLIPA's paper."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from evaluation.lettering import FONT
-from evaluation.report import format_table
+from pipeline.table import format_table
 
 from . import paper
+from .command import write_picture
 from .scaling_fit import Measurement, drops, fit, mean_and_range, needed
 
 _INK, _RULE = "#1f2933", "#c9d0d8"
@@ -90,10 +90,7 @@ def _draw(path: Path, panels, found: Sequence[Measurement], full_tokens: int) ->
             axes.set_axisbelow(True)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(frameon=False, fontsize=8.5)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.tmp")
-        figure.savefig(unfinished, format="png", dpi=120)
-    os.replace(unfinished, path)
+        write_picture(figure, path)
     return path
 
 

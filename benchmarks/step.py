@@ -22,12 +22,13 @@ import torch
 import tyro
 
 from model.presets import ModelConfig, model_config
+from pipeline.command import exit_code
 from pipeline.tokens import Geometry, ImageReduction, token_geometry
 
-from .command import exit_code, write_json
-from .contenders import PEERS_PYTHON, Skipped
-from .environment import environment
+from .command import write_json
+from .environment import environment, warn_of_load
 from .loader_rounds import OPEN_CLIP
+from .peer_process import PEERS_PYTHON, Skipped
 from .step_contender import OpenClipStep
 from .step_gemm import GemmMeter, gemms
 from .step_model import Stepper, made_batches, real_batches
@@ -140,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = tyro.cli(StepBenchmark, args=arguments, description=__doc__)
     config.check()
     before = environment()
-    _warn_of_load()
+    warn_of_load("rates by the clock mean little; look at those by CPU time, or run this on a quiet machine")
     found = measure(config)
     for name, reason in found.skipped.items():
         print(f"{name} is left out: {reason}")
@@ -152,16 +153,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"picture: {config.plot}")
     about = {"benchmark": "step", "environment": before, "precision": config.precision}
     write_json(config.json, {**about, **asdict(found)})
-
-
-def _warn_of_load() -> None:
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load > cores / 2:
-        print(
-            f"load average {load:.1f} on {cores} cores: rates by the clock mean little; look at those by CPU time, "
-            "or run this on a quiet machine",
-            file=sys.stderr,
-        )
 
 
 def measure(config: StepBenchmark) -> StepFound:

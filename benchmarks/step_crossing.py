@@ -1,7 +1,6 @@
 """Rows of the end-to-end benchmark in; a table, a plot, and where the loader becomes the slower of the two out."""
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,12 +9,12 @@ from pathlib import Path
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
 
 from evaluation.lettering import FONT
-from evaluation.report import format_table
+from pipeline.table import format_table
 
-from .step_report import Spread
+from .command import write_picture
+from .step_report import Spread, finish_rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,17 +170,5 @@ def draw_crossing(rows: Sequence[EndToEndRow], out: Path) -> None:
                 axes.text(
                     crossing.tokens, axes.get_ylim()[0], label, color=colour, rotation=90, va="bottom", fontsize=8
                 )
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        ticks = sorted({row.tokens for row in rows})
-        axes.set_xticks(ticks, list(map(str, ticks)))
-        axes.minorticks_off()
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-        axes.set_xlabel("image tokens")
-        axes.set_title(f"images/s on {rows[0].data}: loader against model", loc="left", fontsize=11)
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.tmp")
-    plot.savefig(unfinished, format="png", dpi=120)
-    os.replace(unfinished, out)
+        finish_rates(axes, {row.tokens for row in rows}, f"images/s on {rows[0].data}: loader against model")
+    write_picture(plot, out)

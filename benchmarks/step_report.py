@@ -1,8 +1,7 @@
 """Rows of the step benchmark in; tables and a plot out."""
 
-import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 from evaluation.lettering import FONT
-from evaluation.report import format_table
+from pipeline.table import format_table
+
+from .command import write_picture
 
 
 @dataclass(frozen=True)
@@ -230,10 +231,7 @@ def draw_step_plot(rows: Sequence[StepRow], out: Path) -> None:
         FigureCanvasAgg(plot)
         _draw_rates(plot.add_subplot(2, 1, 1), rows)
         _draw_shares(plot.add_subplot(2, 1, 2), rows)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.tmp")
-    plot.savefig(unfinished, format="png", dpi=120)
-    os.replace(unfinished, out)
+    write_picture(plot, out)
 
 
 def _draw_rates(axes: Axes, rows: Sequence[StepRow]) -> None:
@@ -246,14 +244,19 @@ def _draw_rates(axes: Axes, rows: Sequence[StepRow]) -> None:
         low, high = zip(*(row.images_per_s_range for row in own), strict=True)
         errors = np.abs(np.array([low, high]) - rates)
         axes.errorbar(tokens, rates, errors, marker="o", capsize=2, label=f"{model}, {how}")
+    finish_rates(axes, {row.tokens for row in rows}, "images/s of a training step, model alone")
+
+
+def finish_rates(axes: Axes, tokens: Collection[int], title: str) -> None:
+    """Makes of lines of images/s against image tokens a chart of two logarithmic axes."""
     axes.set_xscale("log")
     axes.set_yscale("log")
-    ticks = sorted({row.tokens for row in rows})
+    ticks = sorted(tokens)
     axes.set_xticks(ticks, list(map(str, ticks)))
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.set_xlabel("image tokens")
-    axes.set_title("images/s of a training step, model alone", loc="left", fontsize=11)
+    axes.set_title(title, loc="left", fontsize=11)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -6,7 +6,7 @@ In: a run's metrics.jsonl and a `Sheet` of what validation found. Out: one PNG, 
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,21 +99,6 @@ def percent(share: float) -> str:
     value = 100 * share
     digits = min(4, 1 - math.floor(math.log10(value))) if 0 < value < 1 else 1
     return f"{value:.{digits}f}%"
-
-
-def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns lines of aligned columns: the first to the left, the others (numbers) to the right."""
-    cells = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    lines = (
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    )
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def size_pixels(sheet: Sheet) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from PIL import Image
 from .batch import Batch
 from .captions import TextReduction, TokenizerName
 from .colour import ColourJitter
+from .command import exit_code
 from .decode import crop_box
 from .index import open_index
 from .loader import DecoderName, Loader, Settings
@@ -77,20 +78,13 @@ class Seen:
     """The text tokens that are left, special ones among them, padding not."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for what the user can mend."""
-    try:
-        config = tyro.cli(Preview, args=arguments, description=__doc__)
-        seen = look(config)
-        draw(seen, config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+@exit_code
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command."""
+    config = tyro.cli(Preview, args=arguments, description=__doc__)
+    seen = look(config)
+    draw(seen, config)
     print(f"{config.out}: {len(seen)} samples at {config.tokens} image and {config.text_tokens} text tokens")
-    return 0
 
 
 def look(config: Preview) -> list[Seen]:

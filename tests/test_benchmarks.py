@@ -16,9 +16,9 @@ from PIL import Image
 
 from benchmarks import memory, peers, photographs, pipeline
 from benchmarks.cases import STANDARD_CASES, Case
-from benchmarks.command import exit_code
 from benchmarks.contenders import PEERS_PYTHON, BareDecode, OpenClip, Round, Skipped
 from benchmarks.loader_rounds import BARE_FULL, BARE_SCALED, OPEN_CLIP, STOCK, figures
+from pipeline.command import exit_code
 from pipeline.index import open_index
 
 SAMPLES = 12

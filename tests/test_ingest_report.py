@@ -24,7 +24,8 @@ from pipeline.ingest.passes import Passes, summarise
 from pipeline.ingest.progress import BEGINNING, JOURNAL_NAME, Moment, Progress, merged, read_journal, stretches
 from pipeline.ingest.select import Plan, finish, list_path, write_lists
 from pipeline.ingest.statistics import Spread, statistics
-from pipeline.ingest.tables import aligned, duration, expected_s, report_text, size, status_text, top_places
+from pipeline.ingest.tables import duration, expected_s, report_text, size, status_text, top_places
+from pipeline.table import format_table
 
 RULES = Rules(100, "keep_ratio", 95, 32, 10, "")
 HOSTS = ("a.example", "b.example", "user:pw@B.example:8080", "[::1]:80", "$x^{2}$.example", "b\u00fccher.example")
@@ -290,7 +291,7 @@ def test_percentiles_are_exact(values: list[int], share: float) -> None:
 
 
 def test_tables_have_aligned_columns_and_numbers_have_units() -> None:
-    lines = aligned(("name", "n"), [("a", "1,000"), ("longer name", "2")]).splitlines()
+    lines = format_table(("name", "n"), [("a", "1,000"), ("longer name", "2")]).splitlines()
     assert lines == ["name             n", "-----------  -----", "a            1,000", "longer name      2"]
     assert [size(n) for n in (0, 999, 2.5e6, 3e9, 5e15)] == ["0.0 kB", "1.0 kB", "2.5 MB", "3.0 GB", "5,000.0 TB"]
     told = [duration(s) for s in (0, 4.25, 60, 600, 7200, 864000)]

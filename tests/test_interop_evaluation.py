@@ -3,20 +3,17 @@
 Both run in .venv-peers, in a process of its own; clip_benchmark is unpacked beside it, not installed.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from conftest import unpacked_wheel
 from PIL import Image
 from random_run import make_run
 
@@ -43,22 +40,7 @@ pytestmark = [
 @pytest.fixture(scope="session")
 def clip_benchmark() -> Path:
     """The unpacked wheel of clip_benchmark 1.6.2, downloaded once into .cache. Tests only read it."""
-    folder = ROOT / ".cache" / "clip_benchmark-1.6.2"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch]
-        done = subprocess.run([*command, "clip_benchmark==1.6.2"], capture_output=True, text=True)
-        if "(from versions: none)" in done.stderr:
-            pytest.skip("no package index answers, so clip_benchmark's retrieval code cannot be had")
-        assert done.returncode == 0, done.stderr
-        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
-            wheel.extractall(Path(scratch) / "wheel")
-        # Another run of the tests may have been quicker.
-        with contextlib.suppress(OSError):
-            (Path(scratch) / "wheel").rename(folder)
-    return folder
+    return unpacked_wheel("clip_benchmark", "1.6.2", "clip_benchmark's retrieval code cannot be had")
 
 
 def peer(*arguments: object, path: Path | None = None) -> None:

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from evaluation.lettering import drawable, fitted, text_width_pt
-from evaluation.report import Sheet, draw, format_table, percent, read_metrics, size_pixels
+from evaluation.report import Sheet, draw, percent, read_metrics, size_pixels
+from pipeline.table import format_table
 
 AWKWARD = [r"heavy $\frac$ sign", "日本語 名前", "two\nlines", "W" * 90, "100% {c} \\frac", "✓"]
 

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import samples_of
 from PIL import Image
 from trouble_server import draw, encoded
 
@@ -30,20 +31,6 @@ SHARDS = own.Options("shards")
 def rows_of(out: Path) -> list[dict[str, Any]]:
     """The rows of all shards, in order."""
     return [row for path in sorted(out.glob("[0-9]*.parquet")) for row in pq.ParquetFile(path).read().to_pylist()]
-
-
-def samples_of(out: Path) -> dict[str, dict[str, bytes]]:
-    """Key -> extension -> bytes, of all shards."""
-    found: dict[str, dict[str, bytes]] = {}
-    for path in sorted(out.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                file = tar.extractfile(member)
-                assert file is not None
-                assert extension not in found.setdefault(key, {}), f"{member.name} twice"
-                found[key][extension] = file.read()
-    return found
 
 
 def everything(out: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:

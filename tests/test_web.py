@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import samples_of
 from PIL import Image
 from trouble_server import Row, Web, encoded, picture, serving, write_metadata
 
@@ -63,20 +64,6 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
         for row in pq.ParquetFile(path).read().to_pylist():
             last[row["row"]] = row
     return [last[number] for number in sorted(last)]
-
-
-def samples_of(out: Path) -> dict[str, dict[str, bytes]]:
-    """Key -> extension -> bytes, of all shards."""
-    found: dict[str, dict[str, bytes]] = {}
-    for path in sorted(out.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                file = tar.extractfile(member)
-                assert file is not None
-                assert extension not in found.setdefault(key, {}), f"{member.name} twice"
-                found[key][extension] = file.read()
-    return found
 
 
 def digest(out: Path) -> str:

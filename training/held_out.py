@@ -3,6 +3,7 @@
 ShardSet reads shards as training does; StillSet reads pictures of any format through Pillow.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class ImageFeatures:
     faults: Faults
 
 
-class HeldOut:
+class HeldOut(ABC):
     """A set of N pictures and what is known of them."""
 
     def __init__(
@@ -59,9 +60,9 @@ class HeldOut:
         self.class_source: str | None = None
         self.encoder = encoder
 
+    @abstractmethod
     def captions(self) -> tuple[list[bytes], IntArray]:
         """Returns the captions, and which picture each belongs to, int64 [captions]."""
-        raise NotImplementedError
 
     def whole_pictures(self, rows: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
         """Returns pictures at their own size, uint8 [height, width, 3]; rows: of readable ones."""
@@ -112,8 +113,9 @@ class HeldOut:
             "decoder": "pillow" if self.preprocess else self.settings.decoder,
         }
 
+    @abstractmethod
     def _stills(self, rows: Sequence[int]) -> list[Still]:
-        raise NotImplementedError
+        """Returns the pictures of some rows, unread."""
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, npt.NDArray[np.bool_], Faults]]:
         """Yields (patches, positions, which are valid, what is wrong with the others)."""

@@ -28,19 +28,13 @@ from .blur import blur_boxes
 from .fates import RETRIED, SUCCESS, of_picture
 from .fetched import Fetched, Missing, Own, opened
 from .picture import FORMATS, MAX_JPEG_SIDE, Copy, Retouch, Unusable, copy_picture
-from .shards import writing_tar
+from .shards import PICTURE_COLUMNS, writing_tar
 from .web_recipe import ResizeMode, WebRecipe
 
 REPORT_KEY = b"shortclip.ingest"
 
 _OURS = (
-    ("status", pa.string()),
-    ("error_message", pa.string()),
-    ("width", pa.int32()),
-    ("height", pa.int32()),
-    ("original_width", pa.int32()),
-    ("original_height", pa.int32()),
-    ("sha256", pa.string()),
+    *PICTURE_COLUMNS,
     ("change", pa.string()),
     ("attempt", pa.int32()),
     ("previous_status", pa.string()),

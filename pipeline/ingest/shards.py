@@ -20,18 +20,23 @@ from .engine import run
 
 Plan = TypeVar("Plan")
 
+PICTURE_COLUMNS = (
+    ("status", pa.string()),
+    ("error_message", pa.string()),
+    ("width", pa.int32()),
+    ("height", pa.int32()),
+    ("original_width", pa.int32()),
+    ("original_height", pa.int32()),
+    ("sha256", pa.string()),
+)
+"""What img2dataset says of each picture."""
+
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("url", pa.string()),
         ("caption", pa.string()),
-        ("status", pa.string()),
-        ("error_message", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("original_width", pa.int32()),
-        ("original_height", pa.int32()),
-        ("sha256", pa.string()),
+        *PICTURE_COLUMNS,
         ("license", pa.string()),
         ("style", pa.string()),
         ("name", pa.string()),

@@ -1,9 +1,10 @@
 """Statistics in, plain tables out: what `ingest.py report` and `ingest.py status` print."""
 
 import fcntl
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from ..table import format_table
 from .accept import Report, finished
 from .fates import RETRIED, SUCCESS
 from .passes import Passes
@@ -13,21 +14,6 @@ from .statistics import OTHERS, Statistics, shard_parquets
 
 MAX_PLACES_SHOWN = 15
 MAX_STRETCHES = 10
-
-
-def aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns lines of aligned columns: the first to the left, the others (numbers) to the right."""
-    cells = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    lines = (
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    )
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def report_text(found: Statistics, out: Path) -> str:
@@ -41,13 +27,13 @@ def report_text(found: Statistics, out: Path) -> str:
         (fate, f"{number:,}", f"{number / rows:.1%}", "yes" if fate in RETRIED else "")
         for fate, number in found.fates.most_common()
     ]
-    parts = [head, aligned(("status", "rows", "share", "can be retried"), fates)]
+    parts = [head, format_table(("status", "rows", "share", "can be retried"), fates)]
     if found.places:
         shown = [
             (printable(place), f"{number:,}", f"{kept:,}", f"{kept / number:.1%}")
             for place, number, kept in top_places(found, MAX_PLACES_SHOWN)
         ]
-        parts.append(aligned((found.place, "rows", "kept", "share"), shown))
+        parts.append(format_table((found.place, "rows", "kept", "share"), shown))
     shares = (0.0, 0.1, 0.5, 0.9, 1.0)
     spreads = [
         (name, *(f"{spread.percentile(share):,}" for share in shares))
@@ -58,7 +44,7 @@ def report_text(found: Statistics, out: Path) -> str:
         )
     ]
     if found.num_kept:
-        parts.append(aligned(("of what was kept", "least", "10%", "median", "90%", "most"), spreads))
+        parts.append(format_table(("of what was kept", "least", "10%", "median", "90%", "most"), spreads))
         changed = ", ".join(f"{number:,} {change}" for change, number in found.changes.most_common())
         parts.append(f"pictures: {changed}")
     if found.time:
@@ -72,7 +58,7 @@ def report_text(found: Statistics, out: Path) -> str:
             )
             for part in merged(found.time, MAX_STRETCHES)
         ]
-        parts.append(aligned(("working time", "rows", "kept", "rows/s", "MB/s"), passed))
+        parts.append(format_table(("working time", "rows", "kept", "rows/s", "MB/s"), passed))
     return "\n\n".join(parts)
 
 
@@ -139,7 +125,7 @@ def status_text(out: Path) -> str:
     if not passes.plans:
         lines.append(f"{out / '_work'} is gone, so nothing more can be made here")
     costs = "what is left and retried costs about so much, at the rates seen here"
-    return "\n".join([*lines, "", aligned(header, table), costs if left or again else "nothing is left to do"])
+    return "\n".join([*lines, "", format_table(header, table), costs if left or again else "nothing is left to do"])
 
 
 def expected_s(parts: Sequence[Stretch], rows: int) -> float | None:
