@@ -16,6 +16,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from pipeline.command import missing_packages_in_one_line, sigterm_as_ctrl_c
+
+if __name__ == "__main__":
+    missing_packages_in_one_line()
+
 import tyro
 
 from pipeline.ingest import chart, emoji, own, passes, shrink, statistics, tables, web
@@ -183,6 +188,8 @@ def main(arguments: list[str] | None = None) -> None:
 def make_shards(config: Ingest) -> str:
     """Makes what the recipe says and returns a few lines about it."""
     _check_workers(config.workers)
+    if config.recipe.is_dir():
+        raise ValueError(f"{config.recipe} is a folder, no recipe; of pictures: {own.advice(config.recipe)}")
     recipe = load(config.recipe)
     if isinstance(recipe, WebRecipe):
         return _download(recipe, config)
@@ -246,6 +253,7 @@ def show_status(config: ShowStatus) -> str:
 def make_copies(config: Shrink) -> str:
     """Makes the copies and returns what became of the samples, and the bytes saved."""
     _check_workers(config.workers)
+    own.shards_in(config.source)
     options = shrink.Options(config.short_side, config.quality)
     report = shrink.shrink(config.source, config.out, options, config.engine, config.workers)
     return shrink.describe(report, config.source, config.out)
@@ -264,7 +272,8 @@ VERBS: dict[str, tuple[type[Any], Callable[[Any], str]]] = {
 def _report(work: Callable[[], str]) -> None:
     """Prints what `work` returns; what the user can mend is one line and exit status 2."""
     try:
-        print(work())
+        with sigterm_as_ctrl_c():
+            print(work())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

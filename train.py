@@ -1,9 +1,8 @@
 """Trains a CLIP on short token sequences: `python train.py --tokens 16`. The same command again resumes.
-With `--doctor`, it says what would hold that run up on this machine (docs/doctor.md), and trains nothing.
+With `--doctor`, it says what would hold that run up on this machine, and trains nothing.
 
 On several GPUs or processes: `torchrun --nproc-per-node 8 train.py ...`; on torchrun's --max-restarts it resumes too.
-The loop stands here, top to bottom: next batch, forward, loss, backward, step, log. What it is made of is in
-pipeline/ (batches), model/ (encoders, loss) and training/ (the rest).
+The loop stands here, top to bottom; what it is made of is in pipeline/ (batches), model/ (encoders) and training/.
 """
 
 import contextlib
@@ -15,21 +14,22 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Callable
 from typing import Any
+
+from training.start import BEFORE_FIRST_STEP, before_torch, torch_is_there
 
 # OpenMP threads that spin while they wait take a core from the thread that makes batches; torch reads it as it loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if __name__ == "__main__":
+    before_torch(sys.argv[1:], __doc__ or "")
 
 import torch
 
-from evaluation.classes import CLASS_NAMES_FILE
 from model.clip import CLIP
 from model.loss import Features, contrastive_loss
 from model.presets import to_json
-from pipeline.files import only_writer, write_text
-from pipeline.loader import Settings
-from training import checkpoint, optim
+from pipeline.files import write_text
+from training import checkpoint, optim, resume
 from training.accumulation import Inputs, accumulated
 from training.checkpoint_writer import CheckpointWriter
 from training.config import Config, parse, resolved, resolved_device
@@ -39,15 +39,15 @@ from training.distributed import AgreedError, World, attempt, first_speaks, join
 from training.ema import Ema
 from training.health import NON_FINITE_LIMIT, Advice, Skips, non_finite_run, out_of_memory
 from training.heap import keep_freed_memory
-from training.held_out import ShardSet, local_folder, zero_shot_accuracy
+from training.held_out import zero_shot_on
 from training.initial import recorded_encoders, starting_encoders
 from training.metrics import BadSampleBudget, RunLog, log_line
 from training.parallel import backward, layout, over_ranks, spread
 from training.peers import Peers, watched
+from training.profile import Profile
 from training.rates import Rates
 from training.reporters import Reporters
-from training.resume import JOB, checkpoint_to_resume, clear, job, left_open, record, refuse_other_data
-from training.schedule import learning_rate
+from training.schedule import schedule_of
 from training.signals import INTERRUPTED, StopSignal
 
 SWITCH_INTERVAL = 0.0005
@@ -58,15 +58,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0 finished, 2 for what the user can mend, 3 where another rank was lost (training.peers),
     130 interrupted by Ctrl-C or SIGTERM (after a checkpoint, if any)."""
     given = sys.argv[1:] if arguments is None else arguments
-    if "--doctor" in given:
-        # Its probes are benchmarks, which a run never imports.
-        from benchmarks.doctor import main as examined
-
-        return examined([argument for argument in given if argument != "--doctor"])
     world, met = place(), False
     try:
+        torch_is_there()
         with first_speaks(world), contextlib.ExitStack() as held:
             stages = parse(given, __doc__ or "")
+            if stages[0].doctor:
+                # Its probes are benchmarks, which a run never imports.
+                from benchmarks.doctor import main as examined
+
+                return examined(given)
             sys.setswitchinterval(SWITCH_INTERVAL)
             cuda = torch.cuda.is_available()
             held.enter_context(joined(world, resolved_device(stages[0].device, cuda=cuda)))
@@ -80,13 +81,13 @@ def main(arguments: list[str] | None = None) -> int:
                     return INTERRUPTED
                 with contextlib.ExitStack() as of_stage:
                     with world.agreed():
-                        kept = left_open(stage, restarted=attempt() > 0) if world.is_first else {}
+                        kept = resume.left_open(stage, restarted=attempt() > 0) if world.is_first else {}
                     stage = dataclasses.replace(stage, **world.of_first(kept))
                     with world.agreed():
                         stage.check()
                         config = resolved(stage, cuda=cuda, world_size=world.size)
                         if world.is_first:
-                            of_stage.enter_context(only_writer(config.run_folder))
+                            of_stage.enter_context(resume.held_folder(config.run_folder))
                     code = train(config, world, peers, stop)
                 if code:
                     return code
@@ -102,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         if world.is_first:
-            print("interrupted before the first step; the same command begins again", file=sys.stderr)
+            print(BEFORE_FIRST_STEP, file=sys.stderr)
         return INTERRUPTED
 
 
@@ -110,19 +111,19 @@ def train(config: Config, world: World, peers: Peers, stop: StopSignal) -> int:
     """Trains, or goes on training, as a resolved config says; all ranks call it. Returns the exit code."""
     run, device = config.run_folder, torch.device(config.device)
     with world.agreed():
-        last = checkpoint_to_resume(config) if world.is_first else None
+        last = resume.checkpoint_to_resume(config) if world.is_first else None
     last = world.of_first(last)
     if last is not None and last.state["step"] >= config.total_steps:
-        print(f"{run} is finished: {last.state['step']:,} steps, {last.state['samples_seen']:,} pairs; nothing to do")
+        print(resume.nothing_left(config, last.state))
         return 0
     index, order = open_data(config, world)
     with world.agreed():
         encoders, weights = (recorded_encoders(run), None) if last else starting_encoders(config)
         settings = batch_settings(config, encoders)
-        measure = zero_shot(config, settings, world)
+        measure = zero_shot_on(config, settings, world)
         if last is not None:
-            refuse_other_data(last.state, index.digest, index.source_shards if config.sources[1] else None, run)
-    loader = open_loader(index, order, settings, world)
+            resume.refuse_other_data(last.state, index.digest, index.source_shards if config.sources[1] else None, run)
+    loader = open_loader(index, order, settings, world, traced=config.profile > 0)
 
     torch.manual_seed(config.seed)
     model = CLIP(
@@ -155,15 +156,15 @@ def train(config: Config, world: World, peers: Peers, stop: StopSignal) -> int:
             step, config.total_steps, threads=config.threads, prefetch=config.prefetch, workers=config.workers
         )
         if world.is_first:
-            recorded = {**record(config), "encoders": to_json(encoders), JOB: job()}
+            recorded = {**resume.record(config), "encoders": to_json(encoders), resume.JOB: resume.job()}
             reporters = Reporters(config.report_to, run, recorded, step)
             if last is None:
-                clear(run)
+                resume.clear(run)
             write_text(run / "config.json", json.dumps(recorded, indent=1) + "\n")
             log = RunLog(run, step, with_ids=config.ledger, reporters=reporters)
 
     def encode(inputs: Inputs) -> Features:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with profile.encoding(), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             return called(*inputs)
 
     def loss_of(features: Features, valid: torch.Tensor) -> torch.Tensor:
@@ -182,48 +183,54 @@ def train(config: Config, world: World, peers: Peers, stop: StopSignal) -> int:
         writer.save(step, model.state_dict(), optim.state_tensors(model, optimizer), state, **averages)
 
     rates = Rates(config, encoders, device, world)
+    profile = Profile(config, model, rates, world, step)
     skips, advice, budget = Skips(device, skipped), Advice(), BadSampleBudget(config.max_bad_fraction)
     losses: list[torch.Tensor] = []
-    first_step, total, peak, warmup = step + 1, config.samples, config.lr, config.warmup_samples
-    assert total is not None
-    assert peak is not None
-    assert warmup is not None
+    first_step, rate_at = step + 1, schedule_of(config)
     writer = CheckpointWriter(
         run, keep=config.keep_checkpoints, milestone_every=config.milestone_every, rank=world.rank,
         world_size=world.size, nonce=world.of_first(secrets.token_hex(4)),
     )  # fmt: skip
     with stop:
-        with writer, contextlib.closing(batches), log or contextlib.nullcontext():
+        with writer, contextlib.closing(batches), log or contextlib.nullcontext(), profile:
             stopping = False
             while step < config.total_steps and not stopping:
                 peers.at(step + 1, "waiting for data")
+                profile.begin(step + 1)
                 with rates.waiting():
                     batch = next(batches)
+                profile.end("data_wait")
                 batch = batch.to(device)
+                profile.end("copy")
                 inputs = (batch.patches, batch.positions, batch.caption_ids)
 
                 peers.at(step + 1, "computing", patient=step + 1 == first_step)
-                rate = learning_rate(samples_seen, peak=peak, warmup_samples=warmup, total_samples=total)
+                rate = rate_at(samples_seen)
                 optim.set_learning_rate(optimizer, rate)
-                optimizer.zero_grad(set_to_none=True)
                 if config.accumulate == 1:
                     features = encode(inputs)
                     loss = loss_of(features, batch.valid)
+                    profile.end("loss")
                     backward(loss, model, world)
+                    profile.end("backward")
                 else:
                     features, loss = accumulated(
                         encode, functools.partial(loss_of, valid=batch.valid), inputs, config.accumulate,
-                        called=called, model=model, world=world,
+                        called=called, model=model, world=world, mark=profile.end,
                     )  # fmt: skip
                 gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
                 loss, norm = over_ranks(loss, gradients, world)
                 if config.grad_clip:
                     optim.clip_gradients(gradients, norm, config.grad_clip)
                 left_out = skips.judge(loss, norm)
+                profile.end("gradient_reduction")
                 optim.step_unless(optimizer, left_out)
+                optimizer.zero_grad(set_to_none=True)
+                del gradients  # or they would lie beside the next step's
                 model.clamp_logit_scale()
                 if ema is not None:
                     ema.update(left_out)
+                profile.end("optimizer")
 
                 step += 1
                 samples_seen += config.batch_size
@@ -246,6 +253,7 @@ def train(config: Config, world: World, peers: Peers, stop: StopSignal) -> int:
                     skipped, in_a_row = skips.read()
                     if in_a_row >= NON_FINITE_LIMIT:
                         raise AgreedError(non_finite_run(step, run, loader, ids) if world.is_first else "")
+                profile.end("logging")
                 if logging:
                     recent = torch.stack(losses).tolist()
                     values: dict[str, Any] = {
@@ -263,16 +271,19 @@ def train(config: Config, world: World, peers: Peers, stop: StopSignal) -> int:
                     if measure is not None and evaluating:
                         peers.at(step, "evaluating", patient=True)
                         values |= measure(model)
+                        profile.end("evaluation")
                     if log is not None:
                         log.metrics(values)
                         advice.losses(step, recent)
                         advice.data_wait(step, values["data_wait_fraction"])
                     print(log_line(values, config.total_steps), flush=True)
                     losses = []
+                    profile.end("logging")
                     # Where steps go wrong one after the other, good checkpoints are not to be pushed out.
                     if saving and (ending or not in_a_row):
                         peers.at(step, "saving", patient=True)
                         save()
+                    profile.end("checkpoint")
                     rates.restart()
                 writer.check()
         peers.at(step, "saving", patient=True)
@@ -282,17 +293,6 @@ def train(config: Config, world: World, peers: Peers, stop: StopSignal) -> int:
         return INTERRUPTED
     print(f"finished: {step:,} steps, {samples_seen:,} pairs; {checkpoint.name_of_newest(run)}")
     return 0
-
-
-def zero_shot(config: Config, settings: Settings, world: World) -> Callable[[CLIP], dict[str, float]] | None:
-    """Returns what measures a model on --eval-data, or None where this rank does not: all ranks of a model that is
-    cut over them do, else rank 0. Raises ValueError where there are no classes."""
-    if not config.eval_data or not (world.is_first or config.shard):
-        return None
-    held_out = ShardSet(local_folder("--eval-data", config.eval_data), settings)
-    if not held_out.names:
-        raise ValueError(f"--eval-data {config.eval_data} has no {CLASS_NAMES_FILE}; give a shard set with classes")
-    return functools.partial(zero_shot_accuracy, shards=held_out)
 
 
 if __name__ == "__main__":

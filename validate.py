@@ -7,9 +7,14 @@ Prints a table and, as the last line, one JSON object.
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
+
+from pipeline.command import exit_code, missing_packages_in_one_line
+
+if __name__ == "__main__":
+    missing_packages_in_one_line()
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +22,10 @@ import torch
 import tyro
 
 from evaluation.report import MAX_PICTURES, Sheet, draw
-from evaluation.retrieval import recall
+from evaluation.retrieval import recall, shared_captions
 from evaluation.zero_shot import best_names, nearest_neighbour_baseline
 from model.clip import CLIP
 from model.presets import from_json
-from pipeline.command import exit_code
 from pipeline.loader import Settings
 from pipeline.stills import MISSING, Interpolation, Preprocess, Resize
 from pipeline.table import format_table
@@ -32,6 +36,7 @@ from training.ema import EMA
 from training.held_out import Faults, HeldOut, ImageFeatures, ShardSet, local_folder, zero_shot_accuracy
 from training.initial import recorded_values
 from training.layouts import Layout, Source, open_held_out
+from training.stages import weights_folder
 
 __all__ = ["ShardSet", "Validate", "local_folder", "main", "validate", "zero_shot_accuracy"]
 
@@ -44,7 +49,7 @@ class Validate:
     """Measure a run on held-out data: zero-shot where it has classes, retrieval where it has captions."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """A run folder, such as runs/demo."""
+    """A run folder, such as runs/demo; of one with stages, the last finished stage counts."""
     data: str
     """A folder that was held out of training: of shards, of SPLIT/*.tar, of class folders, or of pictures."""
     captions: Path | None = None
@@ -84,7 +89,11 @@ def validate(config: Validate) -> dict[str, Any]:
     """Measures what the data allow, prints the table and returns the numbers."""
     data = local_folder("--data", config.data)
     baseline = None if config.baseline is None else local_folder("--baseline", config.baseline)
-    model, settings, step = load_run(config.run, config)
+    run, chosen = weights_folder(config.run)
+    if chosen is not None:
+        print(chosen, file=sys.stderr)
+    config = replace(config, run=run)
+    model, settings, step = load_run(run, config)
     source = Source(
         data, config.layout, config.captions, config.split, config.classes, config.wnids, _preprocess(config)
     )
@@ -153,16 +162,30 @@ def _retrieval(model: CLIP, held_out: HeldOut, images: ImageFeatures, results: d
     """Adds what captions allow to the results; returns the table's rows. A bad picture takes its captions along."""
     captions, owners = held_out.captions()
     kept = images.valid[owners]
-    texts = held_out.text_features(model, [captions[row] for row in np.flatnonzero(kept)])
+    asked = [captions[row] for row in np.flatnonzero(kept)]
+    texts = held_out.text_features(model, asked)
     place = np.cumsum(images.valid) - 1
     results["num_captions"] = int(kept.sum())
     results |= recall(images.features[torch.from_numpy(images.valid)], texts, place[owners[kept]])
+    results |= shared_captions(asked, owners[kept])
     rows: list[tuple[str, str]] = []
     sides = {"retrieval_image_r": "image for a caption, R@", "retrieval_text_r": "caption for an image, R@"}
     for start, label in sides.items():
         found = {key: value for key, value in results.items() if key.startswith(start)}
         rows += [(label + key.removeprefix(start), _percent(value)) for key, value in found.items()]
-    return [*rows, ("chance, image R@1", _percent(1 / results["num_images"]))]
+    rows.append(("chance, image R@1", _percent(1 / results["num_images"])))
+    return rows + _limits(results)
+
+
+def _limits(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """What captions that several pictures have cost the best of models; nothing where there are none."""
+    if not results["num_shared_captions"]:
+        return []
+    return [
+        ("captions that another picture has too", f"{results['num_shared_captions']:,} of {results['num_captions']:,}"),
+        ("so at most, image for a caption R@1", _percent(results["retrieval_image_r1_limit"])),
+        ("so at most, caption for an image R@1", _percent(results["retrieval_text_r1_limit"])),
+    ]
 
 
 def _preprocess(config: Validate) -> Preprocess | None:

@@ -27,6 +27,7 @@ from pipeline.command import exit_code
 from pipeline.loader import DecoderName
 from pipeline.tokens import Geometry, ImageReduction, token_geometry
 from train import SWITCH_INTERVAL
+from training.trace import profiler, write_trace
 
 from .command import write_json
 from .environment import environment
@@ -34,7 +35,6 @@ from .step_crossing import Crossing, EndToEndRow, crossings, draw_crossing, form
 from .step_joint import Joint, LoaderAndModel
 from .step_model import Turn
 from .step_report import spread
-from .trace import trace
 
 SWEEP_TOKENS = (4, 9, 16, 25, 36, 49, 100, 196)
 
@@ -167,7 +167,9 @@ def _measure(config: EndToEnd, encoders: ModelConfig, geometry: Geometry, decode
         # One file each, where there are several.
         several = config.sweep or config.decoder == "both"
         out = config.trace.with_stem(f"{config.trace.stem}-{geometry.tokens}-{decoder}") if several else config.trace
-        hidden = trace(both.joined_marks, out)
+        with profiler() as stopped:
+            marks = both.joined_marks()
+        hidden = write_trace(stopped, marks, out)
         print(f"trace: {out}; steps hid {hidden:.1%} of the time in which batches were made", flush=True)
     return _row(config, geometry, decoder, loader, model, joint, hidden)
 

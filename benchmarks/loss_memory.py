@@ -4,8 +4,6 @@ Forward and backward of each loss, dense and tiled, each in a process of its own
 the inputs in place. Dense ones stop at the batch that would not fit. Prints a table, writes JSON and a plot.
 """
 
-import re
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +17,9 @@ from matplotlib.figure import Figure
 from model.loss import Features, LossKind, contrastive_loss
 from pipeline.command import exit_code
 
-from .command import write_json
+from .command import write_json, write_picture
 from .environment import environment
+from .peak import in_own_process, peak_bytes
 
 _RESULTS = Path(__file__).parent / "results"
 _WARM_UP = 64
@@ -79,13 +78,11 @@ def measured(config: LossMemory) -> list[Row]:
             for batch_size in config.batch_sizes:
                 if form == "dense" and _DENSE_MATRICES * 4 * batch_size**2 > config.dense_gib * 2**30:
                     continue
-                call = f"peak_over_inputs({kind!r}, {form == 'tiled'}, {batch_size}, {config.embed_dim})"
-                command = [sys.executable, "-c", f"from benchmarks.loss_memory import *; print({call})"]
-                done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-                if done.returncode:
-                    reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
-                    raise ValueError(f"{kind}, {form}, batch {batch_size} could not be measured: {reason}")
-                rows.append(Row(kind, form == "tiled", batch_size, int(done.stdout)))
+                try:
+                    peak = in_own_process(peak_over_inputs, kind, form == "tiled", batch_size, config.embed_dim)
+                except ValueError as error:
+                    raise ValueError(f"{kind}, {form}, batch {batch_size} could not be measured: {error}") from None
+                rows.append(Row(kind, form == "tiled", batch_size, peak))
                 print(f"{rows[-1].label:16} batch {batch_size:7,}  {rows[-1].peak_bytes / 2**20:9,.0f} MiB", flush=True)
     return rows
 
@@ -107,16 +104,6 @@ def peak_over_inputs(kind: LossKind, tiled: bool, batch_size: int, embed_dim: in
     return peak_bytes() - before
 
 
-def peak_bytes() -> int:
-    """Returns the most memory this process ever held. Linux only, as the rest of the benchmarks' figures.
-
-    Not ru_maxrss: that begins with the peak of the process that started this one.
-    """
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
-
-
 def plot(rows: list[Row], config: LossMemory) -> None:
     """Draws peak memory over batch size, both axes logarithmic."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -131,7 +118,7 @@ def plot(rows: list[Row], config: LossMemory) -> None:
     axes.set_title(f"Loss, forward and backward, float32, {config.embed_dim} features, CPU")
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
-    figure.savefig(config.json.with_suffix(".png"), dpi=150)
+    write_picture(figure, config.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from model.openclip import openclip_config
+from model.openclip_config import openclip_config
 from model.presets import ModelConfig
 from pipeline.tokens import Geometry
 

@@ -19,10 +19,11 @@ from pipeline.order import Order, default_lanes
 from pipeline.tokens import Geometry
 from training import optim
 from training.checkpoint_writer import CheckpointWriter
+from training.marks import Marks
 from training.metrics import RunLog
+from training.trace import STEP, TracedLoader
 
-from .step_model import CACHED_BATCHES, Marks, Stepper, Turn
-from .trace import STEP, TracedLoader
+from .step_model import CACHED_BATCHES, Stepper, Turn
 
 if TYPE_CHECKING:
     from .end_to_end import EndToEnd
@@ -118,6 +119,6 @@ class LoaderAndModel:
             writer.save(step, model.state_dict(), optim.state_tensors(model, optimizer), {"samples_seen": step})
 
     def joined_marks(self) -> list[list[tuple[str, float]]]:
-        """Both once more; returns the marks of their steps, as `trace` takes them."""
+        """Both once more; returns the marks of their steps, as `write_trace` takes them."""
         self.join()
         return self._marks.seconds()

@@ -1,20 +1,17 @@
 """Our training step on cached batches, whole or part by part; whole it is what train.py's loop does.
 
-Parts are told apart by marks between them: a monotonic clock on a CPU; on a GPU events, read when all steps are done,
-so that nothing waits inside a step.
+Parts are told apart by marks between them (training/marks.py), which wait for no device inside a step.
 """
 
-import contextlib
 import copy
 import resource
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -27,13 +24,8 @@ from training import optim
 from training.distributed import World
 from training.health import Skips
 from training.heap import keep_freed_memory
+from training.marks import FORWARD, Marks, marked
 from training.parallel import backward, over_ranks
-
-PARTS = ("copy", "embed", "image_forward", "text_forward", "loss", "backward", "gradient_reduction", "optimizer")
-"""Of a step. copy: to the device. embed: normalise and embed the patches. gradient_reduction: in a process alone, the
-gradients' norm and whether it is a number; nothing is exchanged."""
-FORWARD = "forward"
-"""In place of embed, image_forward and text_forward where the model is compiled, as one."""
 
 CACHED_BATCHES = 4
 _ALONE = World()
@@ -54,47 +46,6 @@ class Turn:
     @property
     def images_per_cpu_s(self) -> float:
         return self.images / self.cpu_s
-
-
-class Marks:
-    """When each part of each step ended. Clocks of a GPU are read in `milliseconds` alone."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._steps: list[list[tuple[str, Any]]] = []
-        self._host: list[list[tuple[str, float]]] = []
-
-    def begin(self) -> None:
-        self._steps.append([])
-        self._host.append([])
-        self.end("")
-
-    def end(self, part: str) -> None:
-        """Says that a part ends here, and what follows begins."""
-        now = time.perf_counter()
-        self._host[-1].append((part, now))
-        self._steps[-1].append((part, self._event() if self._on_gpu else now))
-
-    def _event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self) -> list[list[tuple[str, float]]]:
-        """Returns for each step when it began ("") and when each part ended, by the host's monotonic clock."""
-        return self._host
-
-    def milliseconds(self) -> list[dict[str, float]]:
-        """Returns each step's parts in ms; waits for the device."""
-        if self._on_gpu:
-            torch.cuda.synchronize()
-        return [
-            {part: self._between(before, after) for (_, before), (part, after) in pairwise(step)}
-            for step in self._steps
-        ]
-
-    def _between(self, before: Any, after: Any) -> float:
-        return before.elapsed_time(after) if self._on_gpu else 1e3 * (after - before)
 
 
 class Stepper:
@@ -188,31 +139,9 @@ class Stepper:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    @contextlib.contextmanager
-    def marked(self, marks: Marks) -> Generator[None]:
-        """Steps inside mark the parts of the forward.
-
-        They end before the image tower's first block, after the tower, and after the text tower. What makes features
-        of unit length counts to the part that follows: under 0.1 % of a step.
-        """
-        if self.compiled:
-            yield
-            return
-        model = self.model
-
-        def end(part: str, *_: Any) -> None:
-            marks.end(part)
-
-        hooks = [
-            model.image.blocks[0].register_forward_pre_hook(partial(end, "embed")),
-            model.image.register_forward_hook(partial(end, "image_forward")),
-            model.text.register_forward_hook(partial(end, "text_forward")),
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def marked(self, marks: Marks) -> AbstractContextManager[None]:
+        """Steps inside mark the parts of the forward, as far as it is not compiled."""
+        return marked(self.model, marks.end, compiled=self.compiled)
 
 
 def _no_mark(part: str) -> None:

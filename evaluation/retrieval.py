@@ -1,5 +1,6 @@
 """Retrieval among images and captions, both ways, with any number of captions an image."""
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,3 +34,26 @@ def recall(
     asking = np.unique(owners)
     of_image = ranks(image_features[torch.from_numpy(asking)], asking, text_features, owners, batch_size)
     return {**hit_rates(of_text, ks, "retrieval_image_r"), **hit_rates(of_image, ks, "retrieval_text_r")}
+
+
+def shared_captions(captions: Sequence[bytes], image_of_text: Ids) -> dict[str, float]:
+    """Returns what captions that stand at several images cost, however good a model is.
+
+    num_shared_captions: captions whose text another image has too. retrieval_image_r1_limit, retrieval_text_r1_limit:
+    what recall at 1 cannot exceed. Such a caption asks for its own image alone, as open_clip and clip_benchmark count
+    it too: one text finds one image, so all others of that text miss theirs; and an image finds a caption only by a
+    text that is its own, since equal ones tie.
+    image_of_text: int, one a caption.
+    """
+    owners = to_ids(image_of_text).tolist()
+    images: defaultdict[bytes, Counter[int]] = defaultdict(Counter)
+    for caption, owner in zip(captions, owners, strict=True):
+        images[caption][owner] += 1
+    shared = [found.total() for found in images.values() if len(found) > 1]
+    found_at_best = sum(max(found.values()) for found in images.values())
+    able = {owner for found in images.values() if len(found) == 1 for owner in found}
+    return {
+        "num_shared_captions": sum(shared),
+        "retrieval_image_r1_limit": found_at_best / len(owners),
+        "retrieval_text_r1_limit": len(able) / len(set(owners)),
+    }

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .choices import AttentionName
+
 Backend = Literal["sdpa", "flash", "xformers", "math"]
-AttentionName = Literal["auto", "sdpa", "flash", "xformers", "math"]
 Token = int | torch.Tensor
 """One token of each sequence: the same place in all, or int64 [B]."""
 

@@ -11,6 +11,8 @@ import torch
 
 from .presets import Activation, ImageConfig, ModelConfig, TextConfig
 
+HUGGINGFACE_CONFIG = "config.json"
+"""The file beside the weights that CLIPModel reads."""
 START_ID, END_ID = 49_406, 49_407
 
 _ACTIVATIONS: dict[Activation, str] = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
@@ -97,7 +99,7 @@ def huggingface_config(
         "image_mean": list(config.pixel_mean),
         "image_std": list(config.pixel_std),
     }
-    return {"config.json": model, "preprocessor_config.json": processor}
+    return {HUGGINGFACE_CONFIG: model, "preprocessor_config.json": processor}
 
 
 def _tower(config: ModelConfig, tower: ImageConfig | TextConfig) -> dict[str, Any]:

@@ -7,16 +7,15 @@ its own rows against the columns of all. The dense InfoNCE is here, the others i
 Shapes: B pairs of this rank, E embedding; R rows (the pairs to be scored: B), C columns (the candidates: all ranks').
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from .choices import LossKind
 from .gather import gathered, rank_in
 from .loss_sigmoid import sigmoid_sum, tiled_sigmoid_sum
 from .loss_tiled import tiled_cross_entropy_sum
-
-LossKind = Literal["infonce", "sigmoid"]
 
 
 class Features(NamedTuple):

@@ -10,29 +10,24 @@ import json
 import math
 import pickle
 import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from . import openclip
+from .choices import OnResize, Positions
 from .clip import CLIP
+from .openclip_config import DEFAULT_ACTIVATION, DEFAULT_EPS, OPENCLIP_CONFIG, described
 from .positions import resized_grid, resized_text, sincos_2d
 from .presets import ImageConfig, ModelConfig, TextConfig
 
-Positions = Literal["fixed", "learned"]
-OnResize = Literal["auto", "recompute", "interpolate"]
-
-OPENCLIP_CONFIG = "open_clip_config.json"
 # Wider than a table's rounding to float16; a trained or random one is far off.
 _TABLE_ATOL = 1e-3
-# What files of open_clip's layout compute with, where no config beside them says otherwise.
-_OPENCLIP_ACTIVATION, _OPENCLIP_EPS = "gelu", 1e-5
 
 
 @dataclass(frozen=True)
@@ -86,10 +81,10 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
-            f"--init {path} is a pickle of more than tensors, which could run code, so it is not opened; "
+            f"--init {path} is a pickle of more than tensors, which could run code, or damaged, so it is not opened; "
             "save its state_dict as safetensors where you trust it"
         ) from None
-    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # damaged bytes raise whatever the unpickler stumbles over
         raise ValueError(f"--init {path} cannot be read as a .pt file ({_first_line(error)})") from None
     if isinstance(values, dict) and isinstance(values.get("state_dict"), dict):
         values = values["state_dict"]
@@ -98,11 +93,13 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     for name, value in values.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"--init {path} is no state dict: {name} is {type(value).__name__}, not a tensor")
+        if not isinstance(name, str):
+            raise ValueError(f"--init {path} is no state dict: a tensor is called {name!r}, which is no name")
     return values
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def read(path: Path, preset: ModelConfig) -> Weights:
@@ -113,17 +110,12 @@ def read(path: Path, preset: ModelConfig) -> Weights:
     """
     tensors = read_tensors(path)
     if not openclip.is_openclip(tensors):
+        first = f"its first tensor is {next(iter(tensors))!r}" if tensors else "it holds no tensor"
         raise ValueError(
-            f"--init {path} has neither open_clip's names nor CLIPA's (its first tensor is {next(iter(tensors))!r}); "
+            f"--init {path} has neither open_clip's names nor CLIPA's ({first}); "
             "for a run of this program give the run's folder"
         )
-    config = replace(preset, activation=_OPENCLIP_ACTIVATION, norm_eps=_OPENCLIP_EPS)
-    beside = path.parent / OPENCLIP_CONFIG
-    if beside.is_file():
-        try:
-            config = openclip.described(json.loads(beside.read_text(encoding="utf-8")), preset)
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"--init {path}: {error}") from None
+    config = _described_beside(path, preset)
     check_same_architecture(str(path), config, preset)
     tensors = openclip.plain_names(tensors)
     has_bias = openclip.LOGIT_BIAS in tensors
@@ -132,11 +124,28 @@ def read(path: Path, preset: ModelConfig) -> Weights:
         raise ValueError(f"--init {path} does not fit --model {preset.name}: {phrase}")
     ours, table_GD = openclip.from_openclip(config, tensors)
     side = math.isqrt(len(table_GD))
-    if side * side != len(table_GD):
+    if side == 0 or side * side != len(table_GD):
         raise ValueError(f"--init {path} has {len(table_GD)} image positions, which is no square grid")
     formula_GD = sincos_2d(config.image.width, (side, side), config.image.sincos)
     computed = torch.allclose(table_GD, formula_GD, rtol=0, atol=_TABLE_ATOL)
     return Weights(str(path), config, ours, (side, side), None if computed else table_GD)
+
+
+def _described_beside(path: Path, preset: ModelConfig) -> ModelConfig:
+    """The config in the open_clip_config.json beside a file; without one, the preset with open_clip's defaults."""
+    beside = path.parent / OPENCLIP_CONFIG
+    if not beside.is_file():
+        return replace(preset, activation=DEFAULT_ACTIVATION, norm_eps=DEFAULT_EPS)
+    try:
+        values = json.loads(beside.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--init {path}: {beside} is no JSON ({error})") from None
+    try:
+        return described(values, preset)
+    except ValueError as error:
+        raise ValueError(f"--init {path}: {error}") from None
+    except (AttributeError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"--init {path}: {beside} is not as open_clip writes it ({error})") from None
 
 
 def own(source: str, config: ModelConfig, tensors: Mapping[str, torch.Tensor], grid: tuple[int, int]) -> Weights:

@@ -7,13 +7,15 @@ steps one by one, values are cut to 0-255 once, at the end. About 20 us an image
 
 from dataclasses import dataclass
 from itertools import permutations
+from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from .philox import Stream, uniform
+
+if TYPE_CHECKING:
+    import torch
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -96,11 +98,15 @@ def colour_maps(
     return ColourMaps(np.where(greyed, grey @ pixel, pixel), np.where(greyed, grey @ mean, mean))
 
 
-def apply_maps(patches: torch.Tensor, maps: ColourMaps) -> torch.Tensor:
+def apply_maps(patches: "torch.Tensor", maps: ColourMaps) -> "torch.Tensor":
     """Returns the patches with each sample's map applied, right to a level, cut to 0-255; on their own device.
 
     patches: uint8 [batch, tokens, patch*patch*3]; those of a CPU are changed in place.
     """
+    # Only here: a command line is checked against this module before torch is there.
+    import cv2
+    import torch
+
     if patches.device.type == "cpu":
         pixels = patches.numpy()
         for slot in range(len(pixels)):

@@ -1,8 +1,11 @@
 """What commands do alike: an exit code for the shell, and one line where something is wrong."""
 
 import functools
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from types import TracebackType
 from typing import ParamSpec
 
 Arguments = ParamSpec("Arguments")
@@ -24,3 +27,28 @@ def exit_code(run: Callable[Arguments, None]) -> Callable[Arguments, int]:
         return 0
 
     return main
+
+
+def missing_packages_in_one_line() -> None:
+    """Lets a package that is not installed end this process with one line and exit code 2.
+
+    A command calls it before it imports anything but the standard library.
+    """
+
+    def say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, ModuleNotFoundError):
+            print(f"error: no module named {error.name} here; run it with .venv/bin/python, or `make`", file=sys.stderr)
+            sys.exit(2)
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = say
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Generator[None]:
+    """Inside `with`, SIGTERM raises KeyboardInterrupt too: files are closed, and workers end with the process."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

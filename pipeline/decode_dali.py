@@ -1,4 +1,4 @@
-"""DALI's graph: decode only the window, resize it small, cut it into patches; on its CPU backend or a GPU (`mixed`).
+"""DALI's graph decodes only the window and resizes it small; its patches come out. On DALI's CPU backend or a GPU.
 
 No operator in the graph draws at random: windows are fed from the plan. The GPU path has not been run on a GPU yet.
 About 300 us for a 128 px JPEG at 16 tokens on the CPU backend, of which its resampler is the larger half.
@@ -19,7 +19,7 @@ import simplejpeg
 import torch
 
 from .decode import OTHER_SIZE, UNDECODABLE, Decoded
-from .jpeg import fatal_error
+from .jpeg import frame_size
 from .plan import Windows
 from .tokens import Geometry, Positions, gather_patches
 
@@ -82,7 +82,7 @@ class DaliDecoder:
         faults = {
             slot: fault
             for slot, (jpeg, height, width) in enumerate(zip(jpegs, heights.tolist(), widths.tolist(), strict=True))
-            if jpeg is not None and (fault := _header_fault(jpeg, height, width))
+            if jpeg is not None and (fault := _fault(jpeg, height, width))
         }
         usable = [None if slot in faults else jpeg for slot, jpeg in enumerate(jpegs)] if faults else jpegs
         images = _Images(usable, windows, positions, np.stack([heights, widths], axis=1).astype(np.float64))
@@ -106,13 +106,6 @@ class DaliDecoder:
             jpegs = images.jpegs
             if all(jpeg is None for jpeg in jpegs):
                 raise ValueError(f"DALI fails without any image to blame: {_last_line(error)}") from error
-        # libjpeg tells at a tenth of the cost of a second run; what it can read and DALI cannot is found by halving.
-        culprits = dict.fromkeys(
-            (slot for slot, jpeg in enumerate(jpegs) if jpeg is not None and fatal_error(jpeg)), UNDECODABLE
-        )
-        if culprits:
-            rest = [None if slot in culprits else jpeg for slot, jpeg in enumerate(jpegs)]
-            return culprits | self._decode_checked(replace(images, jpegs=rest), patches)
         if len(jpegs) == 1:
             # What fails with the placeholder too, or not a second time, was no fault of the image.
             self._decode_checked(replace(images, jpegs=[None]), patches)
@@ -151,21 +144,19 @@ class DaliDecoder:
         encoded = [self._tensors.TensorCPU(self._placeholder if jpeg is None else jpeg) for jpeg in images.jpegs]
         self._pipeline.feed_input("jpeg", self._tensors.TensorListCPU(encoded, None, False))
         (output,) = self._pipeline.run()
-        # Copied, since DALI gives the same buffer to the next run.
+        # Copied, since DALI gives the same buffer to the next run. Outside the graph: for 49 patches, a transpose in it
+        # takes 20 us an image more, and multi_paste, to gather them from 196, 60 us; that also ends at 64 patches.
         dali_tensor: Any = output.as_tensor()
-        geometry = self.geometry
-        if self.device_id is None:
-            pixels: Any = np.array(dali_tensor, copy=False)
-            # Outside the graph: multi_paste in it takes 60 us an image more (49 of 196), and ends at 64 patches.
-            patches.numpy()[...] = (
-                pixels if geometry.keeps_all_decoded else gather_patches(pixels, images.positions, geometry.patch)
-            )
-            return
-        pixels = torch.from_dlpack(dali_tensor)
-        if not geometry.keeps_all_decoded:
-            at = torch.from_numpy(images.positions.astype(np.int64)).to(pixels.device)
-            pixels = gather_patches(pixels, at, geometry.patch)
-        patches.copy_(pixels)
+        on_cpu, patch = self.device_id is None, self.geometry.patch
+        pixels: Any = np.array(dali_tensor, copy=False) if on_cpu else torch.from_dlpack(dali_tensor)
+        kept: Any = patches.numpy() if on_cpu else patches
+        if self.geometry.keeps_all_decoded:
+            rows, columns = self.geometry.decoded_grid
+            cut = pixels.reshape(-1, rows, patch, columns, patch, 3).swapaxes(2, 3)
+            kept.reshape(cut.shape)[...] = cut
+        else:
+            at = images.positions if on_cpu else torch.from_numpy(images.positions.astype(np.int64)).to(pixels.device)
+            kept[...] = gather_patches(pixels, at, patch)
 
     def _feed(self, name: str, values: npt.NDArray[Any]) -> None:
         # DALI refuses strided arrays.
@@ -187,7 +178,7 @@ class DaliDecoder:
 def _define(geometry: Geometry, decode_window: bool) -> Any:
     """The graph, for either device: only the decoder is told where to run, the rest follows the data.
 
-    It ends in patches where all are kept, else in the resampled image, from which they are gathered.
+    It ends in the resampled image; its patches are cut or gathered from that.
     """
     try:
         from nvidia import dali
@@ -200,7 +191,6 @@ def _define(geometry: Geometry, decode_window: bool) -> Any:
     fn: Any = dali.fn
     types: Any = dali.types
     pipeline_def: Any = dali.pipeline_def
-    patch, (rows, columns) = geometry.patch, geometry.decoded_grid
 
     @pipeline_def
     def graph(device: str) -> Any:
@@ -219,17 +209,13 @@ def _define(geometry: Geometry, decode_window: bool) -> Any:
             )
         else:
             pixels = fn.decoders.image(jpeg, **settings)
-        pixels = fn.resize(
+        return fn.resize(
             pixels,
             size=geometry.decoded_size,
             roi_start=fn.external_source(name="roi_start"),
             roi_end=fn.external_source(name="roi_end"),
             interp_type=types.INTERP_TRIANGULAR,
         )
-        if not geometry.keeps_all_decoded:
-            return pixels
-        cut = fn.transpose(fn.reshape(pixels, shape=[rows, patch, columns, patch, 3]), perm=[0, 2, 1, 3, 4])
-        return fn.reshape(cut, shape=[geometry.tokens, geometry.patch_values])
 
     def make(*, device_id: int | None, **settings: Any) -> Any:
         return graph(device="cpu" if device_id is None else "mixed", device_id=device_id, **settings)
@@ -270,17 +256,15 @@ def _runs(areas: npt.NDArray[np.float64], size: int, pixels: int) -> Iterator[tu
         yield start, len(areas)
 
 
-def _header_fault(jpeg: bytes, height: int, width: int) -> str | None:
-    """Returns why an image must not reach DALI; 3 us.
+def _fault(jpeg: bytes, height: int, width: int) -> str | None:
+    """Returns why an image must not reach DALI.
 
-    An error in the scan costs its pipeline. An error in the header, with nvImageCodec 0.9.0.20, also writes where it
-    should not, and the process dies of it a moment later; what libjpeg's own look at the header accepts never did.
+    An error in the scan costs its pipeline, and with it 60 ms. An error in the header, with nvImageCodec 0.9.0.20, also
+    writes where it should not, and the process dies of it a moment later; what libjpeg accepts of it never did.
     """
-    try:
-        found: tuple[Any, ...] = simplejpeg.decode_jpeg_header(jpeg, strict=False)
-    except Exception:  # simplejpeg raises ValueError, and KeyError for what libjpeg does not know
+    if (size := frame_size(jpeg)) is None:
         return UNDECODABLE
-    return None if found[:2] == (height, width) else OTHER_SIZE
+    return None if size == (height, width) else OTHER_SIZE
 
 
 def _last_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ import simplejpeg
 import torch
 
 from .decode import OTHER_SIZE, UNDECODABLE, Decoded
-from .jpeg import is_warning
+from .jpeg import damage, is_warning
 from .plan import Windows
 from .scaled import scaled_side
 from .tokens import Geometry, Positions, gather_patches, patchify
@@ -67,7 +67,8 @@ def _scaled(jpeg: bytes, rows: int, columns: int) -> npt.NDArray[np.uint8]:
         # Positional: keywords cost 1 us of the GIL.
         return simplejpeg.decode_jpeg(jpeg, "RGB", True, True, rows, columns, 1, None, True)
     except ValueError as error:
-        if not is_warning(error):
+        # DALI is kept from what is damaged, and both refuse the same; nearly all of that makes libjpeg warn.
+        if not is_warning(error) or damage(jpeg):
             raise
         # Past damaged bits DALI too reads on. Not asked for at first: it hides errors that come after, see jpeg.py.
         return simplejpeg.decode_jpeg(jpeg, "RGB", True, True, rows, columns, 1, None, False)

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+LOCK = ".lock"
+"""In a folder that has one writer at a time."""
+
 
 @contextmanager
 def replacing(path: Path) -> Generator[BinaryIO]:
@@ -36,7 +39,7 @@ def only_writer(folder: Path) -> Generator[None]:
     Raises ValueError when another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as lock:
+    with (folder / LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -2,10 +2,12 @@
 
 What libjpeg accepts as a header may still ask for tables that are not there, and damage in a scan can look like more
 segments. Both end DALI's graph; libjpeg notices the second only where it reads to the end, which a crop need not. So
-each image is looked at once, when it is indexed: 12 us for 5 KB, 25 us for 70 KB.
+each image is looked at when it is indexed, 20 us for 5 KB and 40 us for 70 KB, and again before DALI sees it.
 """
 
+import functools
 import re
+import struct
 
 import numpy as np
 import simplejpeg
@@ -27,6 +29,11 @@ _SEGMENT = re.compile(rb"\xff{1,16}[\x02-\xcf\xd9-\xfe]")
 """Restarts and a second start do not belong between segments: libjpeg skips some of it, DALI's parser gives up."""
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
 _TINY = (8).to_bytes(2, "big") * 2
+_OPENING_BYTES = 4096
+"""Of a photograph's tags and tables, without a thumbnail or a colour profile; longer ones are not remembered."""
+_BASELINE, _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xc0", b"\xff\xda", b"\xff\xd9"
+_SIDES = struct.Struct(">HH")
+_SOME_SIDES = _SIDES.pack(65501, 65503)
 _VECTOR_BYTES = 4096
 """From so many bytes on NumPy finds a marker faster than `re`."""
 _PREMATURE = "Corrupt JPEG data: premature end of data segment"
@@ -47,8 +54,31 @@ def damage(jpeg: bytes | memoryview) -> str | None:
     Finds what makes a decoder stop (tables missing or impossible, scans with impossible parameters, markers where a
     scan should go on), not what it reads on past, such as wrong bits or a scan that ends too soon.
     """
-    skeleton = without_scans(jpeg)
-    return DAMAGED if skeleton is None or fatal_error(skeleton) else None
+    skeleton, _ = without_scans(jpeg) or (b"", None)
+    return None if skeleton and fatal_error(skeleton) is None else DAMAGED
+
+
+def frame_size(jpeg: bytes) -> tuple[int, int] | None:
+    """Returns the (height, width) that an image's segments tell; None where `damage` finds some.
+
+    Most images of a shard set begin alike but for their size, since one encoder wrote them: what was judged once is
+    known again by its bytes, and only the scan is looked through: 5 us for 5 KB, 20 us for 70 KB.
+    """
+    sides, scan = jpeg.find(_BASELINE, 2, _OPENING_BYTES) + 5, jpeg.find(_START_OF_SCAN, 2, _OPENING_BYTES)
+    start = scan + 2 + int.from_bytes(jpeg[scan + 2 : scan + 4])
+    if 5 < sides < scan and _opens_one_scan(jpeg[:sides] + _SOME_SIDES + jpeg[sides + 4 : start]):
+        end = _scan_end(jpeg, start)
+        if jpeg[end : end + 2] == _END_OF_IMAGE:
+            return _SIDES.unpack_from(jpeg, sides)
+    skeleton, size = without_scans(jpeg) or (b"", (0, 0))
+    return size if skeleton and fatal_error(skeleton) is None else None
+
+
+@functools.lru_cache(maxsize=256)
+def _opens_one_scan(opening: bytes) -> bool:
+    """Whether these are all segments before a scan, libjpeg accepts them, and _SOME_SIDES is where the size stands."""
+    skeleton, size = without_scans(opening + _END_OF_IMAGE) or (b"", (0, 0))
+    return size == _SIDES.unpack(_SOME_SIDES) and fatal_error(skeleton) is None
 
 
 def fatal_error(jpeg: bytes) -> str | None:
@@ -81,13 +111,15 @@ def is_warning(error: Exception) -> bool:
     return isinstance(error, ValueError) and str(error).startswith(_WARNINGS)
 
 
-def without_scans(jpeg: bytes | memoryview) -> bytes | None:
-    """Returns an image of 8 x 8 pixels with the segments of `jpeg` and empty scans, which costs libjpeg 6 us to judge.
+def without_scans(jpeg: bytes | memoryview) -> tuple[bytes, tuple[int, int]] | None:
+    """Returns an image of 8 x 8 pixels with the segments of `jpeg` and empty scans, and the (height, width) of `jpeg`.
+
+    libjpeg judges the small image in 6 us.
 
     None where something else stands between segments, where they lead out of the file, where they go on after the last
     scan, or where they are too many.
     """
-    pieces = [b"\xff\xd8"]
+    pieces, size = [b"\xff\xd8"], (0, 0)
     at, missing, progressive, num_scans = 2, 0, False, 0
     for _ in range(MAX_SEGMENTS):
         if (found := _SEGMENT.match(jpeg, at)) is None:
@@ -95,8 +127,8 @@ def without_scans(jpeg: bytes | memoryview) -> bytes | None:
         at = found.end()
         marker = jpeg[at - 1]
         if marker == _END:
-            pieces.append(b"\xff\xd9")
-            return b"".join(pieces)
+            pieces.append(_END_OF_IMAGE)
+            return b"".join(pieces), size
         end = at + int.from_bytes(jpeg[at : at + 2], "big")
         if end < at + 2 or end > len(jpeg):
             return None
@@ -104,6 +136,7 @@ def without_scans(jpeg: bytes | memoryview) -> bytes | None:
             segment = bytes(jpeg[at - 2 : end])
             if marker in _FRAMES and len(segment) > 9:
                 progressive, missing = marker in _PROGRESSIVE, segment[9]
+                size = int.from_bytes(segment[5:7]), int.from_bytes(segment[7:9])
                 segment = segment[:5] + _TINY + segment[9:]
             pieces.append(segment)
             if marker == _SCAN:

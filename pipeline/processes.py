@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 MAX_DEATHS = 3
 """Workers that may die within DEATH_WINDOW batches; each is replaced."""
 DEATH_WINDOW = 1000
+HANG_S = 600.0
+"""Without any worker's answer while a batch is waited for, after which the one that makes it is ended and replaced: far
+more than a slow store's shard takes."""
 _LENT = 2
 """Batches that the consumer has at a time: the one in its hands, and the one before, which goes as it takes the new."""
 
@@ -122,7 +125,9 @@ class _Processes:
     def result(self, step: int) -> Done:
         """Waits until a step's batch is in its slot. Raises what making it raised."""
         while step not in self._done:
-            self._receive(None)
+            if not self._receive(HANG_S):
+                workers = self._workers.values()
+                self._replace(next(each for each in workers if step in dict(each.tasks)), hangs=True)
         done = self._done.pop(step)
         # Here, not as answers come: what a batch cost is counted when it is taken, however early it was made.
         for stage, seconds in done.stage_seconds.items():
@@ -154,8 +159,8 @@ class _Processes:
         with suppress(BrokenPipeError, ConnectionResetError):
             worker.connection.send(Task(step, slot, news))
 
-    def _receive(self, timeout: float | None) -> None:
-        """Takes the answers that are there; waits for one at least, up to `timeout` seconds (None: without end)."""
+    def _receive(self, timeout: float) -> bool:
+        """Returns whether any answer came, and takes those in; waits for one at least, up to `timeout` seconds."""
         ready = wait([worker.connection for worker in self._workers.values()], timeout)
         for worker in [worker for worker in self._workers.values() if worker.connection in ready]:
             try:
@@ -172,12 +177,17 @@ class _Processes:
             self._done[step] = done
             for sample, reason in done.known_bad.items():
                 self.loader.known_bad.setdefault(sample, reason)
+        return bool(ready)
 
-    def _replace(self, worker: _Worker) -> None:
+    def _replace(self, worker: _Worker, *, hangs: bool = False) -> None:
         worker.connection.close()
         worker.process.kill()  # it may have closed its socket and live on
-        status = worker.process.wait()
+        status = -signal.SIGKILL
+        with suppress(subprocess.TimeoutExpired):  # one that waits for a disk that is gone ends when the disk is back
+            status = worker.process.wait(timeout=30)
         how = f"was killed by {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
+        if hangs:
+            how = f"gave no answer for {HANG_S:.0f} s"
         doing = f" while it made step {worker.tasks[0][0]:,}" if worker.tasks else ""
         what = f"worker {worker.number} of the loader (process {worker.process.pid}) {how}{doing}"
         while self._deaths and self._deaths[0] < self._received - DEATH_WINDOW:

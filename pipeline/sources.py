@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 MAX_LISTED = 1_000_000
+_PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 _REFUSED = re.compile(
     "pipe|file|local|asynclocal|memory|data|dir|reference|generic|dask|zip|tar|libarchive|git|gist|jupyter|jlab"
     "|cached|blockcache|filecache|simplecache|async_?wrapper",
@@ -54,11 +55,21 @@ def local_shards(folder: Path) -> list[Shard]:
         if not path.exists():
             raise ValueError(f"--data {path}: a link to nothing; bring the shard back, or remove the link")
     if not paths:
-        inside = sorted(path.parent.name for path in folder.glob("*/*.tar"))
-        advice = f"its folder {folder / inside[0]} has some" if inside else "give the folder that holds NNNNN.tar files"
-        raise ValueError(f"--data {folder}: no .tar shards in it; {advice}")
+        raise ValueError(f"--data {folder}: no .tar shards in it; {_where_shards_are(folder)}")
     stats = ((path, path.stat()) for path in paths)
     return [Shard(str(path), status.st_size, str(status.st_mtime_ns)) for path, status in stats]
+
+
+def _where_shards_are(folder: Path) -> str:
+    """Returns what to do about a folder without shards."""
+    # What is held out may lie beside what is to be trained on, so that is named first, and none is left out.
+    inside = sorted({path.parent.name for path in folder.glob("*/*.tar")}, key=lambda name: (name != "train", name))
+    if inside:
+        more = f"; so {'have' if len(inside) > 2 else 'has'} {', '.join(inside[1:])}" if len(inside) > 1 else ""
+        return f"its folder {folder / inside[0]} has some{more}"
+    if any(path.suffix.lower() in _PICTURES for path in chain(folder.iterdir(), folder.glob("*/*"))):
+        return f"it holds pictures: `python ingest.py folder {folder} --out DIR` makes shards of them"
+    return "give the folder that holds NNNNN.tar files"
 
 
 def check_url(url: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 ImageReduction = Literal["resize", "random", "grid", "block"]
 
@@ -184,7 +183,13 @@ def gather_patches(pixels: Any, positions: Any, patch: int) -> Any:
     batch, height, width = pixels.shape[:3]
     rows, columns = height // patch, width // patch
     cut = pixels.reshape(batch, rows, patch, columns, patch, 3)
-    image = np.arange(batch) if isinstance(pixels, np.ndarray) else torch.arange(batch, device=pixels.device)
+    if isinstance(pixels, np.ndarray):
+        image = np.arange(batch)
+    else:
+        # Only here: a command line is checked against this module before torch is there.
+        import torch
+
+        image = torch.arange(batch, device=pixels.device)
     # Indices on both sides of a slice put the indexed axes first: [batch, tokens, patch, patch, 3].
     kept = cut[image[:, None], positions // columns, :, positions % columns]
     return kept.reshape(batch, positions.shape[1], patch * patch * 3)

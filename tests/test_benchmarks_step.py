@@ -14,12 +14,13 @@ from benchmarks import end_to_end, step
 from benchmarks.contenders import PEERS_PYTHON
 from benchmarks.step_crossing import EndToEndRow, crossings, draw_crossing, format_crossings
 from benchmarks.step_gemm import Gemm, GemmMeter, gemms
-from benchmarks.step_model import PARTS, Marks, Stepper, made_batches, real_batches
+from benchmarks.step_model import Stepper, made_batches, real_batches
 from benchmarks.step_report import Spread
 from benchmarks.step_switches import SWITCHES, Switch, without
-from benchmarks.trace import overlap
 from model.presets import ModelConfig, model_config
 from pipeline.tokens import token_geometry
+from training.marks import PARTS, Marks
+from training.trace import overlap
 
 
 def small(name: str) -> ModelConfig:

@@ -7,12 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 from conftest import write_tar
 
 from benchmarks.damage import main
 from benchmarks.damages import DAMAGES, damage_images
+from pipeline.decode_dali import DaliDecoder
+from pipeline.decode_turbo import TurboDecoder
 from pipeline.index import open_index
 from pipeline.jpeg import damage as found_by_the_index
+from pipeline.plan import whole_windows
+from pipeline.tokens import token_geometry
 
 READ_PAST = ("zeroed",)
 """What no decoder can tell from a picture."""
@@ -27,6 +32,23 @@ def test_each_damage_keeps_the_size_and_changes_the_bytes(photo_jpegs: list[byte
         assert damaged != jpeg
         if kind.__name__ in READ_PAST:
             assert found_by_the_index(damaged) is None
+
+
+def test_both_decoders_refuse_the_same_and_dali_never_starts_anew(photo_jpegs: list[bytes]) -> None:
+    """Of images that were damaged after they were indexed."""
+    geometry = token_geometry(16)
+    sides = np.array([simplejpeg.decode_jpeg_header(jpeg)[:2] for jpeg in photo_jpegs], np.int32)
+    heights, widths = sides[:, 0].copy(), sides[:, 1].copy()
+    about = whole_windows(widths, heights), np.tile(np.arange(16, dtype=np.int16), (len(sides), 1)), widths, heights
+    dali, turbo = DaliDecoder(geometry, len(sides)), TurboDecoder(geometry)
+    pipeline = dali._pipeline
+    rng = np.random.default_rng(0)
+    for kind in DAMAGES:
+        damaged = [kind(jpeg, rng) for jpeg in photo_jpegs]
+        one, other = (decoder.decode(damaged, *about).faults for decoder in (dali, turbo))
+        assert one == other, kind.__name__
+        assert (one == {}) == (kind.__name__ in READ_PAST) or kind.__name__ == "flipped"
+    assert dali._pipeline is pipeline
 
 
 @pytest.fixture

@@ -490,6 +490,30 @@ def test_a_killed_command_continues_to_the_same_bytes(cache: Path, tmp_path: Pat
     assert tree(out) == tree(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("whole_group", [False, True], ids=["the command", "its workers too"])
+def test_sigterm_ends_the_command_with_one_line_and_it_continues(
+    cache: Path, tmp_path: Path, whole_group: bool
+) -> None:
+    recipe = make_collection(cache, train_scenes=240, samples_per_shard=8)
+    write_toml(recipe, tmp_path / "recipe.toml")
+    out = tmp_path / "out"
+    call = command(tmp_path / "recipe.toml", "--out", out, "--workers", "2")
+    with subprocess.Popen(call, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert wait_until(lambda: list(out.glob("train/*.parquet")), 60)
+        workers = children(process.pid)
+        (os.killpg if whole_group else os.kill)(process.pid, signal.SIGTERM)
+        said = process.communicate()[1].splitlines()
+    assert process.returncode == 130
+    assert not (out / "summary.json").exists()
+    # The lines before it are the progress bar's.
+    assert said[-1] == "interrupted; run the same command to continue"
+    assert all("pictures" in line for line in said[:-1] if line)
+    assert wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers)), "workers outlived the run"
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (out / "summary.json").exists()
+
+
 def children(pid: int) -> list[int]:
     return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
 

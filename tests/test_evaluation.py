@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation.classes import prompts, read_classes
-from evaluation.retrieval import recall
+from evaluation.retrieval import recall, shared_captions
 from evaluation.zero_shot import best_names, class_weights, nearest_neighbour_baseline, top_k
 
 Make = Callable[[int, int], torch.Tensor]
@@ -171,6 +171,32 @@ def test_one_good_caption_of_several_is_enough() -> None:
     assert found["retrieval_image_r1"] == 4 / 5
     assert found["retrieval_text_r1"] == 2 / 3  # image 2 finds the misleading caption as near as its own
     assert set(found) == {f"retrieval_{of}_r{k}" for of in ("image", "text") for k in (1, 5, 10)}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_perfect_model_reaches_what_shared_captions_allow_and_no_more(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    owners = np.concatenate([np.arange(9), rng.integers(0, 9, 12)])
+    words = rng.integers(0, 14, len(owners))
+    # Image and text features of a model that knows which images a text stands at, and has a favourite among them.
+    favourite = {word: int(np.bincount(owners[words == word]).argmax()) for word in set(words.tolist())}
+    texts = torch.zeros(len(owners), 9)
+    for row, word in enumerate(words.tolist()):
+        texts[row, owners[words == word]] = 0.5
+        texts[row, favourite[word]] = 1
+    found = shared_captions([b"%d" % word for word in words], owners)
+    assert found["num_shared_captions"] == sum(len(set(owners[words == word])) > 1 for word in words)
+    scores = recall(torch.eye(9), texts, owners)
+    assert scores["retrieval_image_r1"] == pytest.approx(found["retrieval_image_r1_limit"])
+    # Texts that an image shares point away from it a little, so what it has alone comes first.
+    alone = {int(owner) for owner, word in zip(owners, words, strict=True) if set(owners[words == word]) == {owner}}
+    assert found["retrieval_text_r1_limit"] == len(alone) / 9
+    assert scores["retrieval_text_r1"] == pytest.approx(found["retrieval_text_r1_limit"])
+
+
+def test_without_shared_captions_there_is_no_limit() -> None:
+    found = shared_captions([b"a", b"a", b"b"], [0, 0, 1])
+    assert found == {"num_shared_captions": 0, "retrieval_image_r1_limit": 1, "retrieval_text_r1_limit": 1}
 
 
 def brute_force(train: npt.NDArray[np.uint8], test: npt.NDArray[np.uint8]) -> list[int]:

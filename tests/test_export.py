@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -67,10 +68,22 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_no_file(
     make_run(tmp_path / "run", TINY, 2, 4)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "other.safetensors").touch()
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text(json.dumps({"encoders": {}, "image_size": 32}))
     out = tmp_path / "clip" / "model.safetensors"
     for arguments, message in (
         ((tmp_path / "averaged", out), "open_clip cannot compute averaged: its image pooling token_mean"),
         ((tmp_path / "nowhere", out), "nowhere is not a run folder"),
+        ((tmp_path / "bare", out), "bare has no weights: it has no checkpoint yet"),
+        (
+            (tmp_path / "run", tmp_path / "folder.safetensors"),
+            "folder.safetensors is a folder; give the name of a file",
+        ),
+        (
+            (tmp_path / "run", tmp_path / "bare" / "config.json" / "x.safetensors"),
+            "config.json is a file, and a folder",
+        ),
         ((tmp_path / "run", tmp_path / "clip" / "model.pt"), "the weights are written as safetensors"),
         ((tmp_path / "run", tmp_path / "full" / "model.safetensors"), "holds other.safetensors too"),
     ):
@@ -134,6 +147,54 @@ def test_exporting_again_replaces_the_file(tmp_path: Path) -> None:
     assert out.read_bytes() == before
 
 
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A limit on a file's size, which the weights are over and the texts are not, stands for the disk."""
+    _, out = exported(tmp_path)
+    values = json.loads((out.parent / "open_clip_config.json").read_text())
+    before = {path.name: path.read_bytes() for path in out.parent.iterdir()}
+    make_run(tmp_path / "other", dataclasses.replace(TINY, activation="gelu"), 7, 12)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["model.safetensors"]) // 2, hard))
+    capsys.readouterr()
+    try:
+        assert export.main([str(tmp_path / "other"), "--out", str(out)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert error == f"error: --out {out} cannot be written (File too large); what was there is untouched\n"
+    assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == before
+    assert export.main([str(tmp_path / "other"), "--out", str(out)]) == 0
+    assert json.loads((out.parent / "open_clip_config.json").read_text()) != values
+
+
+def test_an_export_replaces_neither_a_run_nor_one_for_another_program(
+    tmp_path: Path, clip_vocabulary: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = model_config("ViT-Ti-16-bpe"), tmp_path / "run"
+    make_run(run, config, 4, 8)
+    recorded = (run / "config.json").read_bytes()
+
+    def code(folder: Path, format: str) -> int:
+        more = ["--format", format, "--vocabulary", str(clip_vocabulary)]
+        return export.main([str(run), "--out", str(folder / "model.safetensors"), *more])
+
+    assert code(run, "huggingface") == 2
+    assert (
+        "holds a config.json that is of no export for huggingface; give a folder of its own" in capsys.readouterr().err
+    )
+    assert (run / "config.json").read_bytes() == recorded
+    for first, second, name in (
+        ("open_clip", "huggingface", "open_clip_config.json"),
+        ("huggingface", "open_clip", "config.json"),
+    ):
+        assert code(tmp_path / first, first) == 0
+        assert code(tmp_path / first, second) == 2
+        error = capsys.readouterr().err
+        assert f"holds a {name} that is of no export for {second}; give a folder of its own" in error
+        assert error.count("\n") == 1
+    assert code(tmp_path / "huggingface", "huggingface") == 0  # its own it may replace
+
+
 def command(shards: Path, run: Path, *more: str) -> list[str]:
     return [
         "--data", str(shards), "--out", str(run), "--tokens", "4", "--text-tokens", "6", "--steps", "2",
@@ -152,6 +213,7 @@ def test_a_run_goes_on_from_an_export_at_other_lengths_and_resumes(
     assert "image positions 2x2 to 4x4, interpolated, learned from here on" in printed
     assert "text positions 6 to 12, interpolated" in printed
     assert "attention sdpa (image), sdpa (text)" in printed
+    assert printed.count("attention ") == 1
     weights = read_run(tmp_path / "more")
     assert weights.grid == (4, 4)
     assert weights.table_GD is not None

@@ -11,7 +11,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from pipeline.jpeg import DAMAGED, MAX_SCANS, MAX_SEGMENTS, damage, fatal_error, is_warning, without_scans
+from pipeline.jpeg import DAMAGED, MAX_SCANS, MAX_SEGMENTS, damage, fatal_error, frame_size, is_warning, without_scans
 
 Damage = Callable[[bytes], bytes]
 
@@ -89,6 +89,8 @@ def test_what_stops_a_decoder_is_refused(photo_jpegs: list[bytes], kind: str) ->
     for jpeg in photo_jpegs[:6]:
         assert damage(STOPS[kind](jpeg)) == DAMAGED
         assert damage(memoryview(STOPS[kind](jpeg))) == DAMAGED
+        assert frame_size(jpeg) is not None
+        assert frame_size(STOPS[kind](jpeg)) is None
 
 
 def formats(pixels: np.ndarray) -> dict[str, bytes]:
@@ -135,6 +137,8 @@ def test_what_every_decoder_reads_passes(photographs: list[np.ndarray], kind: st
             pixels = np.asarray(Image.fromarray(picture).resize(size))
             for name, jpeg in formats(pixels).items():
                 assert damage(LETS_PASS[kind](jpeg)) is None, f"{name}, {size}"
+                for _ in range(2):  # the second time from what is remembered of the first
+                    assert frame_size(LETS_PASS[kind](jpeg)) == size[::-1], f"{name}, {size}"
 
 
 def test_scans_are_counted(photo_jpegs: list[bytes]) -> None:
@@ -161,8 +165,10 @@ def test_wrong_bits_and_a_scan_that_ends_too_soon_pass(photo_jpegs: list[bytes])
 
 def test_the_skeleton_is_a_small_picture_of_the_same_kind(photo_jpegs: list[bytes]) -> None:
     for jpeg in photo_jpegs[:6]:
-        skeleton = without_scans(jpeg)
-        assert skeleton is not None
+        found = without_scans(jpeg)
+        assert found is not None
+        skeleton, size = found
+        assert size == simplejpeg.decode_jpeg_header(jpeg)[:2]
         assert len(skeleton) < 1000
         assert simplejpeg.decode_jpeg_header(skeleton)[:3] == (8, 8, "YCbCr")
 

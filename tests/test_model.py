@@ -19,6 +19,9 @@ from model.loss import contrastive_loss
 from model.positions import resized_grid, resized_text, sincos_2d
 from model.presets import PRESETS, ImageConfig, ModelConfig, TextConfig, from_json, model_config, to_json
 from model.text import end_positions
+from pipeline.plan import kept_positions
+from pipeline.tokens import gather_patches, token_geometry
+from pipeline.tokens import patchify as cut
 
 GRID = (3, 5)
 TEXT_TOKENS = 6
@@ -41,10 +44,10 @@ SIGMOID = {"logit_bias": -10.0}
 DIALECTS = pytest.mark.parametrize("config", [SMALL, SMALL_CLASS, SMALL_BPE], ids=["patch_mean", "class", "bpe"])
 
 
-def small_model(config: ModelConfig = SMALL, **options) -> CLIP:
+def small_model(config: ModelConfig = SMALL, grid: tuple[int, int] = GRID, **options) -> CLIP:
     """Returns a model with nothing left at zero or one, so that no parameter can go unused unseen."""
     torch.manual_seed(0)
-    model = CLIP(config, grid=GRID, text_tokens=TEXT_TOKENS, **options)
+    model = CLIP(config, grid=grid, text_tokens=TEXT_TOKENS, **options)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -211,12 +214,19 @@ def test_the_order_of_kept_patches_does_not_matter_and_their_positions_do(config
 
 
 @DIALECTS
-def test_masking_nothing_is_the_full_input_bit_for_bit(config):
-    model, patches, positions = small_model(config), patchify(small_images()), all_positions()
-    kept = torch.arange(15)  # a mask that keeps every patch in its order
+@pytest.mark.parametrize("reduction", ["random", "block", "resize"])
+def test_masking_nothing_is_the_full_input_bit_for_bit(config, reduction):
+    """What the input side keeps of a 4x4 grid when it may keep all 16 patches, against the image cut in order."""
+    geometry = token_geometry(
+        16, image_reduction=reduction, image_size=None if reduction == "resize" else 32, patch=config.image.patch
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    kept = kept_positions(0, np.zeros(4, np.int64), np.arange(4), geometry)
+    masked = torch.from_numpy(gather_patches(pixels, kept, geometry.patch)), torch.from_numpy(kept)
+    whole = torch.from_numpy(cut(pixels, geometry.patch)), torch.arange(16, dtype=torch.int16).repeat(4, 1)
+    model = small_model(config, geometry.grid)
     with torch.no_grad():
-        full, masked = model.encode_image(patches, positions), model.encode_image(patches[:, kept], positions[:, kept])
-    assert torch.equal(masked, full)
+        assert torch.equal(model.encode_image(*masked), model.encode_image(*whole))
 
 
 def test_text_tower_is_the_reference_and_pools_the_last_position():

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from model.clip import CLIP
-from model.openclip import described, from_openclip, openclip_config, to_openclip
+from model.openclip import from_openclip, to_openclip
+from model.openclip_config import described, openclip_config
 from model.positions import sincos_2d
 from model.presets import ImageConfig, ModelConfig, TextConfig, model_config
 from model.weights import Weights, hand_over, own, read
@@ -174,13 +176,15 @@ def save_pt(tensors: dict[str, torch.Tensor], path: Path, wrap: str) -> None:
         state = {f"module.{name}": value for name, value in theirs.items()}
         optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.95)}]}
         theirs = {"epoch": 6, "name": "i50_t16", "state_dict": state, "optimizer": optimizer}
+    elif wrap == "compiled":
+        theirs = {f"_orig_mod.module.{name}": value for name, value in theirs.items()}
     elif wrap == "half":
         theirs = {name: value.half() for name, value in theirs.items()}
         theirs["logit_scale"] = theirs["logit_scale"].reshape(1)
     torch.save(theirs, path)
 
 
-@pytest.mark.parametrize("wrap", ["plain", "text", "clipa", "half"])
+@pytest.mark.parametrize("wrap", ["plain", "text", "clipa", "compiled", "half"])
 @DIALECTS
 def test_every_layout_of_a_state_dict_is_read(tmp_path: Path, config: ModelConfig, wrap: str) -> None:
     config = dataclasses.replace(config, activation="gelu", norm_eps=1e-5)
@@ -252,6 +256,20 @@ def remove(name: str) -> Any:
             lambda t: t.update({"visual.ln_pre.weight": torch.ones(48), "visual.ln_pre.bias": torch.ones(48)}),
             r"it has the unknown visual.ln_pre.bias and 1 more$",
         ),
+        (
+            lambda t: t.update({"visual.positional_embedding": torch.zeros(1, 48)}),
+            r"has 0 image positions, which is no square grid$",
+        ),
+        (lambda t: t.update({"positional_embedding": torch.zeros(0, 32)}), r"positional_embedding is empty$"),
+        (
+            lambda t: t.update({"visual.proj": torch.zeros(48, 24, dtype=torch.int8)}),
+            r"visual.proj is int8 there, not a plain tensor of floating-point numbers$",
+        ),
+        (
+            lambda t: t["visual.ln_post.bias"].fill_(float("nan")),
+            r"visual.ln_post.bias holds values that are not finite$",
+        ),
+        (lambda t: t.clear(), r"has neither open_clip's names nor CLIPA's \(it holds no tensor\)"),
         (lambda t: [t.pop(k) for k in list(t) if "visual" in k], r"has neither open_clip's names nor CLIPA's"),
     ],
 )
@@ -273,6 +291,9 @@ def test_weights_of_another_model_are_one_line(tmp_path: Path, change: Any, mess
         (lambda v: v["model_cfg"]["text_cfg"].update(norm_kwargs={"eps": 1e-5}), r"two towers differ in"),
         (lambda v: v["model_cfg"]["vision_cfg"].update(final_ln_after_pool=False), r"norm comes before the average"),
         (lambda v: v["model_cfg"]["text_cfg"].update(pool_type="first"), r"text pooling is first"),
+        (lambda v: v["model_cfg"]["vision_cfg"].update(head_width=0), r"json is not as open_clip writes it \(.*zero"),
+        (lambda v: v.update(model_cfg=[1]), r"json is not as open_clip writes it"),
+        (lambda v: v.update(preprocess_cfg={"mean": [None] * 3}), r"json is not as open_clip writes it"),
         (
             lambda v: v["model_cfg"]["vision_cfg"].update(head_width=24),
             r"is of another model: its image heads is 2, and that of --model small is 3$",
@@ -295,6 +316,43 @@ def test_a_config_beside_the_weights_that_is_of_another_model_is_refused(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["", "{", "\xff", "[" * 100_000], ids=["empty", "cut", "bytes", "deep"])
+def test_a_config_beside_the_weights_that_is_no_json_is_one_line(tmp_path: Path, text: str) -> None:
+    save_file(as_openclip(random_model(WORDPIECE)), tmp_path / "model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"^--init .*model.safetensors: .*open_clip_config.json is no JSON") as error:
+        read(tmp_path / "model.safetensors", WORDPIECE)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_a_file_with_damaged_bytes_is_one_line_or_whole(tmp_path: Path, form: str) -> None:
+    """Cut short, or with bytes overwritten near either end, where the names and sizes are."""
+    tensors, path = (
+        as_openclip(random_model(WORDPIECE)),
+        tmp_path / ("x.safetensors" if form == "safetensors" else "x.pt"),
+    )
+    if form == "safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=form == "zip")
+    whole, rng, messages = path.read_bytes(), random.Random(0), list[str]()
+    for _ in range(40):
+        damaged = bytearray(whole[: rng.randrange(len(whole))] if rng.random() < 0.3 else whole)
+        for _ in range(rng.randrange(20)):
+            place = rng.randrange(min(len(damaged), 6000))
+            damaged[place if rng.random() < 0.5 else -1 - place] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            read(path, WORDPIECE)
+        except ValueError as error:
+            messages.append(str(error))
+    assert len(messages) > 10
+    for message in messages:
+        assert "\n" not in message
+        assert message.startswith(f"--init {path}")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -304,6 +362,9 @@ def test_a_config_beside_the_weights_that_is_of_another_model_is_refused(
         ("model.pt", b"", r"cannot be read as a .pt file"),
         ("model.pt", b"PK\x03\x04 cut", r"cannot be read as a .pt file"),
         ("model.pt", [torch.zeros(1)], r"holds no state dict but list"),
+        ("model.pt", {0: torch.zeros(1)}, r"is no state dict: a tensor is called 0, which is no name"),
+        ("model.pt", b"hello", r"cannot be read as a .pt file \(\w+: "),
+        ("model.pt", pickle.dumps({"cut": [1.5] * 9})[:-9], r"which could run code, or damaged, so it is not opened"),
         ("model.pt", {"epoch": 3, "name": "x"}, r"is no state dict: epoch is int, not a tensor"),
     ],
 )

@@ -255,3 +255,25 @@ def test_memory_of_what_was_seen_is_bounded() -> None:
     for start in range(0, 50_000, 5000):
         seen.repeated(pa.array([str(i) for i in range(start, start + 5000)]))
     assert sum(value.nbytes for value in vars(seen).values() if isinstance(value, np.ndarray)) < 100_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"expected_rows": 100}, None),
+        ({"expected_rows": 102}, None),
+        ({"expected_rows": 99}, None),
+        ({"expected_rows": 0}, None),
+        ({"expected_rows": 400, "rows": 20}, None),
+        ({"expected_rows": 400}, "the metadata have 100 rows, 25.0% of the 400 published"),
+        ({"expected_rows": 50, "filter": "number < 10"}, "the metadata have 100 rows, 200.0% of the 50 published"),
+    ],
+)
+def test_metadata_of_another_size_than_was_published_are_said_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], said: str | None
+) -> None:
+    (tmp_path / "lists").mkdir()
+    select(recipe(**changes), [metadata(tmp_path / "m.parquet", 100)], tmp_path / "lists")
+    error = capsys.readouterr().err
+    assert error.count("\n") == (said is not None)
+    assert error.startswith(f"warning: {said}" if said else "")

@@ -1,5 +1,6 @@
 """Own pictures as a source: folders, tables, other shards."""
 
+import hashlib
 import io
 import json
 import os
@@ -323,6 +324,158 @@ def test_shards_made_again_are_the_same_but_for_their_size(tmp_path: Path) -> No
     assert {min(row["width"], row["height"]) for row in rows_of(tmp_path / "small")} == {64}
 
 
+# What has changed
+
+
+def same_size_other_bytes(path: Path) -> None:
+    """As an edited file: the same length, a later time."""
+    content = path.read_bytes()
+    write(path, content[:-3] + bytes(3))
+    later = path.stat().st_mtime_ns + 10**9
+    os.utime(path, ns=(later, later))
+
+
+def captioned(root: Path) -> None:
+    for i in range(6):
+        write(root / "a" / f"{i}.jpg", jpeg(i))
+        write(root / "a" / f"{i}.txt", f"number {i}")
+
+
+def change_of_a_folder(root: Path, kind: str) -> None:
+    if kind == "added":
+        write(root / "a" / "4a.jpg", jpeg(7))
+        write(root / "b" / "7.jpg", jpeg(7))
+    elif kind == "gone":
+        (root / "a" / "5.jpg").unlink()
+    elif kind == "caption":
+        write(root / "a" / "2.txt", "number ?")
+    elif kind == "no caption":
+        (root / "a" / "2.txt").unlink()
+    elif kind == "picture":
+        same_size_other_bytes(root / "a" / "2.jpg")
+    else:
+        (root / "a" / "0.jpg").rename(root / "a" / "9.jpg")
+        (root / "a" / "0.txt").rename(root / "a" / "9.txt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("added", "2 added (a/4a.jpg, ...)"),
+        ("gone", "1 gone (a/5.jpg)"),
+        ("caption", "1 with another caption (a/2.jpg)"),
+        ("no caption", "1 with another caption (a/2.jpg)"),
+        ("picture", "1 changed (a/2.jpg)"),
+        ("renamed", "1 added (a/9.jpg); 1 gone (a/0.jpg)"),
+    ],
+)
+def test_a_folder_that_has_changed_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, said: str
+) -> None:
+    root, out = tmp_path / "p", tmp_path / "out"
+    captioned(root)
+    command = ("folder", root, "--out", out, "--workers", "1", "--samples-per-shard", "4")
+    ingest.main([str(argument) for argument in command])
+    before = everything(out)
+    change_of_a_folder(root, kind)
+    error = refused(capsys, *command)
+    assert error == (
+        f"error: {root} has changed since {out} was begun: {said}. Choose another --out, or delete {out}; "
+        "what only came in addition can be a source of its own: train.py --data A B"
+    )
+    assert everything(out) == before
+
+
+def test_what_makes_no_other_pair_is_not_a_change(tmp_path: Path) -> None:
+    root, out = tmp_path / "p", tmp_path / "out"
+    captioned(root)
+    write(root / "a" / "6.jpg", jpeg(6))  # without a caption: it is never opened
+    (root / "a" / "7.jpg").symlink_to("nothing")
+    write(root / "a" / "7.txt", "seven")
+    options = own.Options("folder", samples_per_shard=4)
+    made = own.make(root, out, options, 1)
+    assert made.fates == {"success": 6, "no caption": 1, "no such file": 1}
+    for path in root.rglob("*"):
+        if path.is_file():
+            os.utime(path, (1, 1))
+    same_size_other_bytes(root / "a" / "6.jpg")
+    write(root / "notes.md", "x")
+    write(root / "a" / ".hidden.jpg", jpeg(0))
+    assert own.make(root, out, options, 1) == made
+    # A picture of a list that is still to be read is read as it is; one whose list was read has changed.
+    (out / "00000.parquet").unlink()
+    write(root / "a" / "1.jpg", jpeg(11))
+    own.make(root, out, options, 1)
+    sums = {row["path"]: row["sha256"] for row in rows_of(out)}
+    assert sums["a/1.jpg"] == hashlib.sha256(jpeg(11)).hexdigest()
+    own.make(root, out, options, 1)
+    write(root / "a" / "1.jpg", jpeg(12))
+    with pytest.raises(ValueError, match=r"1 changed \(a/1.jpg\)"):
+        own.make(root, out, options, 1)
+
+
+def test_a_folder_whose_lists_say_nothing_of_files_goes_on(tmp_path: Path) -> None:
+    root, out = tmp_path / "p", tmp_path / "out"
+    captioned(root)
+    made = own.make(root, out, FOLDER, 1)
+    for path in (out / "_work" / "pass-1").glob("*.parquet"):
+        pq.write_table(pq.read_table(path).drop_columns(["own_file"]), path)
+    assert own.make(root, out, FOLDER, 1) == made
+    write(root / "a" / "2.txt", "another")
+    with pytest.raises(ValueError, match="1 with another caption"):
+        own.make(root, out, FOLDER, 1)
+
+
+def test_a_table_that_has_changed_is_refused_even_where_it_is_as_long(tmp_path: Path) -> None:
+    root, out, table = tmp_path / "p", tmp_path / "out", tmp_path / "p" / "t.csv"
+    captioned(root)
+    options = own.Options("folder", table=table)
+    lines = ["path,caption", "a/0.jpg,one", "a/0.jpg,two", "a/1.jpg,six", "a/9.jpg,not there"]
+    write(table, "\n".join(lines))
+    made = own.make(root, out, options, 1)
+    os.utime(table, (1, 1))
+    assert own.make(root, out, options, 1) == made
+    for changed, said in (
+        ([*lines[:3], "a/1.jpg,ten", lines[4]], r"1 with another caption \(a/1.jpg\)"),
+        ([*lines, "a/3.jpg,three"], r"1 added \(a/3.jpg\)"),
+        ([lines[0], lines[3], *lines[1:3], lines[4]], "its rows are in another order"),
+        (lines[:3], r"2 gone \(a/1.jpg, ...\)"),
+    ):
+        write(table, "\n".join(changed))
+        with pytest.raises(ValueError, match=said):
+            own.make(root, out, options, 1)
+    write(table, "\n".join(lines))
+    write(root / "a" / "9.jpg", jpeg(9))
+    with pytest.raises(ValueError, match=r"1 changed \(a/9.jpg\)"):
+        own.make(root, out, options, 1)
+    (root / "a" / "9.jpg").unlink()
+    (root / "a" / "0.jpg").unlink()
+    with pytest.raises(ValueError, match=r"2 changed \(a/0.jpg, ...\)"):
+        own.make(root, out, options, 1)
+
+
+def test_shards_that_have_changed_are_refused_even_where_they_are_as_long(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    members = [
+        (f"{i}.{kind}", jpeg(i) if kind == "jpg" else f"number {i}") for i in range(3) for kind in ("jpg", "txt")
+    ]
+    shard(source / "a.tar", *members, ("2.cls", "7"))
+    shard(source / "b.tar", *members)
+    made = own.make(source, out, SHARDS, 1)
+    assert own.make(source, out, SHARDS, 1) == made
+    shard(source / "c.tar", *members[:2])
+    with pytest.raises(ValueError, match=r"source has changed since .*: 1 added \(c.tar: 0\)"):
+        own.make(source, out, SHARDS, 1)
+    (source / "c.tar").unlink()
+    shard(source / "a.tar", *members, ("2.cls", "8"))
+    os.utime(source / "a.tar", (1, 1))
+    with pytest.raises(ValueError, match=r"3 changed \(a.tar: 0, ...\)"):
+        own.make(source, out, SHARDS, 1)
+    (source / "a.tar").unlink()
+    with pytest.raises(ValueError, match=r"3 gone \(a.tar: 0, ...\)"):
+        own.make(source, out, SHARDS, 1)
+
+
 # What is refused
 
 
@@ -357,7 +510,10 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, capsys: pytest.Ca
         (("folder", source, "--out", out, "--metadata", source / "table.csv", "--path-column", "file"),
          'no column "file" for path; they have: path, caption. Name them with --path-column'),
         (("folder", source, "--out", out, "--metadata", source / "table.csv"), "none of its first 2 files is there"),
-        (("shards", source, "--out", out), "no .tar shards in it"),
+        (("shards", tmp_path / "nothing", "--out", out), "no .tar shards in it; give the folder"),
+        (("shards", source, "--out", out), f"but pictures: python ingest.py folder {source} --out DIR"),
+        (("shrink", source, "--out", out), f"but pictures: python ingest.py folder {source} --out DIR"),
+        ((source, "--out", out), f"is a folder, no recipe; of pictures: python ingest.py folder {source} --out DIR"),
     ):  # fmt: skip
         assert said in refused(capsys, *arguments)
     # What was refused leaves nothing that stands in the way of the right command, which then runs, and again.

@@ -291,6 +291,43 @@ def test_retrieval_by_karpathys_captions(
     assert 0 < whole["retrieval_text_r10"] <= 1
 
 
+def test_captions_that_pictures_share_are_counted_with_what_they_cost(
+    run: tuple[Path, CLIP], jpegs: list[bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["a cat", "a cat", "a cat", "a dog", "a dog", *(f"picture {i}" for i in range(5))]
+    samples = [{"__key__": str(i), "jpg": jpegs[i], "txt": text.encode()} for i, text in enumerate(texts)]
+    write_tar(tmp_path / "shards" / "00000.tar", samples)
+    write_tar(tmp_path / "alone" / "00000.tar", samples[4:])
+    assert validate.main([str(run[0]), "--data", str(tmp_path / "shards")]) == 0
+    *table, results = capsys.readouterr().out.splitlines()
+    found = json.loads(results)
+    assert (found["num_shared_captions"], found["num_captions"]) == (5, 10)
+    assert (found["retrieval_image_r1_limit"], found["retrieval_text_r1_limit"]) == (0.7, 0.5)
+    assert [line.split()[-1] for line in table if line.startswith("so at most")] == ["70.00%", "50.00%"]
+    assert any(line.startswith("captions that another picture has too") for line in table)
+    assert validate.main([str(run[0]), "--data", str(tmp_path / "alone")]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out.splitlines()[-1])["num_shared_captions"] == 0
+    assert "so at most" not in out
+
+
+def test_of_a_run_with_stages_the_last_finished_one_is_measured(
+    run: tuple[Path, CLIP], jpegs: list[bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = tmp_path / "run"
+    for name, init, steps in (("pretrain", None, 1), ("finetune", "pretrain", 1), ("longer", "finetune", 2)):
+        shutil.copytree(run[0], whole / name)
+        recorded = json.loads((whole / name / "config.json").read_text())
+        stage = {"init": init and str(whole / init), "steps": steps}
+        (whole / name / "config.json").write_text(json.dumps(recorded | stage))
+    samples = [{"__key__": str(i), "jpg": jpegs[i], "txt": b"picture %d" % i} for i in range(4)]
+    write_tar(tmp_path / "shards" / "00000.tar", samples)
+    assert validate.main([str(whole), "--data", str(tmp_path / "shards")]) == 0
+    said = capsys.readouterr()
+    assert f"{whole} holds the stages pretrain, finetune, longer: this is finetune, the last finished one" in said.err
+    assert json.loads(said.out.splitlines()[-1])["run"] == str(whole / "finetune")
+
+
 def test_the_report_draws_pictures_of_any_format(
     run: tuple[Path, CLIP], jpegs: list[bytes], labels: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -320,7 +357,10 @@ def test_what_does_not_fit_is_refused_in_one_line(
     cases: list[tuple[tuple[object, ...], str]] = [
         (("--data", missing), f"--data {missing}: no such folder"),
         (("--data", tmp_path / "outer"), "its folder " + str(named) + " has class folders; give that"),
-        (("--data", named / NAMES[0]), "no .tar shards in it, and no folders of pictures; give the folder of"),
+        (
+            ("--data", named / NAMES[0]),
+            "its pictures have no class; of pictures with captions make shards (python ingest.py folder",
+        ),
         (("--data", wds), "--split val for webdataset's layout"),
         (("--data", wds, "--split", "val"), "its samples have no captions, and there is no classnames.txt"),
         (("--data", wds, "--split", "val", "--classes", classes), "names 1 classes, the shards have class 3"),

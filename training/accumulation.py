@@ -30,10 +30,12 @@ def accumulated(
     called: nn.Module,
     model: CLIP,
     world: World,
+    mark: Callable[[str], None] = lambda part: None,
 ) -> tuple[Features, torch.Tensor]:
     """Returns the batch's features and this rank's share of the loss, both without a graph; fills the gradients.
 
     num_micro must divide the batch. called: the module that `encode` calls: the model or what it was spread to.
+    mark: told where `loss` and each part of `backward` end; what encodes is told by the model's own marks.
     """
     micro = list(zip(*(each.chunk(num_micro) for each in inputs), strict=True))
     with torch.no_grad():
@@ -48,6 +50,7 @@ def accumulated(
     loss = loss_of(features)
     leaves = [each for each in features if each is not None]
     image_grad, text_grad, *scalar_grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    mark("loss")
     for number, each in enumerate(micro):
         last = number == num_micro - 1
         rows = slice(sum(sizes[:number]), sum(sizes[: number + 1]))
@@ -60,4 +63,5 @@ def accumulated(
                     if scalar is not None:
                         carried = carried + scalar * grad
             backward(carried, model, world, scalars=last)
+        mark("backward")
     return features, loss.detach()

@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
-from model.clip import attention_choices
 from model.presets import model_config
 from pipeline.order import default_lanes, lanes_of_rank
 
@@ -94,6 +92,10 @@ def _check_shares(config: Config, world_size: int) -> None:
 
 def attention_backends(config: Config) -> dict[str, str]:
     """Returns what a resolved config's --attention comes to for each tower. Raises ValueError where it cannot serve."""
+    import torch
+
+    from model.clip import attention_choices
+
     return attention_choices(
         model_config(config.model),
         config.attention,

@@ -53,10 +53,18 @@ def batch_settings(config: Config, encoders: ModelConfig) -> Settings:
     )
 
 
-def open_loader(index: Index, order: Order | Mixture, settings: Settings, world: World) -> Loader:
-    """Returns the loader of this rank's part. Raises AgreedError where a decoder or vocabulary is missing."""
+def open_loader(
+    index: Index, order: Order | Mixture, settings: Settings, world: World, *, traced: bool = False
+) -> Loader:
+    """Returns the loader of this rank's part. Raises AgreedError where a decoder or vocabulary is missing.
+
+    traced: its batches show in a profiler's trace.
+    """
+    kind = Loader
+    if traced:
+        from .trace import TracedLoader as kind
     with world.agreed():
-        return Loader(index, order, settings, rank=world.rank, world_size=world.size)
+        return kind(index, order, settings, rank=world.rank, world_size=world.size)
 
 
 def _make_starter() -> None:

@@ -1,17 +1,15 @@
 """What can be said to train.py: the fields of a frozen Config with their help texts, and what follows from them.
 
-training/config.py makes one from a command line and fills in what is left to be decided.
+training/config.py makes one from a command line and fills in what is left to be decided. Neither loads torch before it
+has to: --help and what cannot be are answered without it.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from model.attention import AttentionName
-from model.clip import SIGMOID_LOGIT_BIAS
-from model.loss import LossKind
+from model.choices import AttentionName, LossKind, OnResize, Positions
 from model.presets import model_config
-from model.weights import OnResize, Positions
 from pipeline.captions import TextReduction
 from pipeline.colour import ColourJitter
 from pipeline.mixture import split_weights
@@ -40,12 +38,14 @@ class Config:
     out: Path | None = None
     """The run folder; by default runs/MODEL-TOKENS."""
     preset: Path | None = None
-    """A TOML file of values for these flags; flags on the command line win. One with stages trains them in turn, each
-    in a folder of its own under --out, from the weights of the one before."""
+    """A TOML file of values for these flags, such as those in training/presets/ (clipa-*, sweep-*, starter-stages and
+    demo; docs/training.md lists them); flags on the command line win. One with stages trains them in turn, each in a
+    folder of its own under --out, from the weights of the one before."""
     stage: str | None = None
     """Train this stage of the preset only."""
     model: str = "ViT-B-16"
-    """Which encoders, by name."""
+    """Which encoders: ViT-Ti-16, ViT-96x6-16, ViT-192x6-16, ViT-384x6-16, ViT-S-16, ViT-B-16, ViT-L-16, ViT-L-14,
+    ViT-H-14 or ViT-bigG-14, with WordPiece captions; each as NAME-bpe in CLIPA's torch dialect, with CLIP's BPE."""
     init: Path | None = None
     """Weights to start from: a run folder of this program, or open_clip's or CLIPA's .safetensors or .pt file."""
     image_positions: Positions = "fixed"
@@ -150,6 +150,12 @@ class Config:
     """Also write every step's sample ids, to ledger.jsonl."""
     report_to: tuple[ReporterName, ...] = ()
     """Where the numbers of metrics.jsonl go too."""
+    doctor: bool = False
+    """Train nothing: say what would hold this run up on this machine, and the change that helps most
+    (docs/doctor.md)."""
+    profile: int = 0
+    """Time each part of so many steps, after the first five of this start, and trace three more: a table, and
+    profile.json and trace.json in the run folder. 0: none."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the run folder's newest checkpoint. never: start anew, deleting that run."""
 
@@ -179,6 +185,8 @@ class Config:
     @property
     def logit_bias(self) -> float | None:
         """What the model's logit bias begins with; None where the loss has none."""
+        from model.clip import SIGMOID_LOGIT_BIAS
+
         return SIGMOID_LOGIT_BIAS if self.loss == "sigmoid" else None
 
     @property
@@ -215,6 +223,7 @@ class Config:
             "batch_size": 2, "threads": 1, "workers": 0, "prefetch": 0, "log_every": 1, "checkpoint_every": 1,
             "keep_checkpoints": 1, "eval_every": 0, "warmup_samples": 0, "seed": 0, "text_tokens": 2, "lanes": 1,
             "accumulate": 1, "milestone_every": 0, "grad_clip": 0, "peer_timeout": 5, "weight_decay": 0,
+            "profile": 0,
         }  # fmt: skip
         for name, low in least.items():
             value = getattr(self, name)

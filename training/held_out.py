@@ -3,8 +3,9 @@
 ShardSet reads shards as training does; StillSet reads pictures of any format through Pillow.
 """
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from pipeline.index import IntArray, open_index
 from pipeline.loader import EVALUATION_BATCH_SIZE, Loader, Settings
 from pipeline.sources import is_remote
 from pipeline.stills import Preprocess, Still, still_batches, whole_picture
+
+from .distributed import World
+from .fields import Config
 
 Faults = list[tuple[str, str]]
 """(name of a picture, reason why it could not be read)."""
@@ -268,6 +272,17 @@ def local_folder(flag: str, source: str) -> Path:
     if is_remote(source):
         raise ValueError(f"{flag} {source} is a URL; copy the shards and their {CLASS_NAMES_FILE} to a folder first")
     return Path(source)
+
+
+def zero_shot_on(config: Config, settings: Settings, world: World) -> Callable[[CLIP], dict[str, float]] | None:
+    """Returns what measures a model on --eval-data, or None where this rank does not: all ranks of a model that is
+    cut over them do, else rank 0. Raises ValueError where there are no classes."""
+    if not config.eval_data or not (world.is_first or config.shard):
+        return None
+    held_out = ShardSet(local_folder("--eval-data", config.eval_data), settings)
+    if not held_out.names:
+        raise ValueError(f"--eval-data {config.eval_data} has no {CLASS_NAMES_FILE}; give a shard set with classes")
+    return functools.partial(zero_shot_accuracy, shards=held_out)
 
 
 def zero_shot_accuracy(model: CLIP, shards: HeldOut) -> dict[str, float]:

@@ -17,6 +17,7 @@ from model.weights import Weights
 from . import checkpoint
 from .config import Config
 from .ema import EMA
+from .stages import weights_folder
 
 
 def starting_encoders(config: Config) -> tuple[ModelConfig, dict[str, torch.Tensor] | None]:
@@ -34,6 +35,13 @@ def starting_encoders(config: Config) -> tuple[ModelConfig, dict[str, torch.Tens
             f"the stage {config.stage} starts from the weights of {config.init.name}, and {config.init} has none; "
             f"train --stage {config.init.name} first, or all stages without --stage"
         )
+    unfinished = _unfinished(config.init)
+    if of_stage and unfinished:
+        raise ValueError(
+            f"the stage {config.stage} starts from the weights of {config.init.name}, which is unfinished: "
+            f"{config.init} has {unfinished}; train --stage {config.init.name} to its end first, or give --init "
+            f"{config.init} with another --out to start from it as it is"
+        )
     found = read_run(config.init) if config.init.is_dir() else weights.read(config.init, preset)
     encoders, state, phrases = weights.hand_over(
         found,
@@ -44,8 +52,19 @@ def starting_encoders(config: Config) -> tuple[ModelConfig, dict[str, torch.Tens
         on_resize=config.on_resize,
         logit_bias=config.logit_bias,
     )
+    if unfinished:
+        phrases = [*phrases, f"an unfinished run, {unfinished}"]
     print(f"init      {config.init}: {'; '.join(phrases)}")
     return encoders, state
+
+
+def _unfinished(init: Path) -> str | None:
+    """Returns how far the run of a folder is, or None where it is finished, has no checkpoint, or is no run."""
+    steps = checkpoint.list_steps(init)
+    if not steps or not (init / "config.json").exists():
+        return None
+    done, total = checkpoint.step_of(steps[-1]), recorded_values(init).get("steps")
+    return f"{done:,} of {total:,} steps" if isinstance(total, int) and done < total else None
 
 
 def recorded_encoders(run: Path) -> ModelConfig:
@@ -78,7 +97,9 @@ def recorded_values(run: Path) -> dict[str, Any]:
         stages = sorted(found.parent for found in run.glob("*/config.json"))
         if stages:
             names = ", ".join(stage.name for stage in stages)
-            raise ValueError(f"{run} holds the stages {names}, each a run of its own; give {stages[-1]}") from None
+            last, _ = weights_folder(run)
+            last = stages[-1] if last == run else last
+            raise ValueError(f"{run} holds the stages {names}, each a run of its own; give {last}") from None
         raise ValueError(f"{run} is not a run folder: it has no config.json; `python train.py` makes one") from None
     except ValueError:
         raise ValueError(f"{path} is damaged; train again with --resume never") from None

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from evaluation.classes import CLASS_NAMES_FILE, ClassList, read_class_file
-from evaluation.folders import class_folders, holds_pictures
+from evaluation.folders import PICTURES, class_folders, holds_pictures
 from evaluation.imagenet import read_metadata_module, search_path
 from evaluation.karpathy import karpathy_split
 from pipeline.loader import Settings
@@ -79,6 +79,11 @@ def found_layout(source: Source) -> Layout:
         )
     elif deeper:
         advice = f"its folder {source.data / deeper[0]} has class folders; give that"
+    elif any(path.suffix.lower() in PICTURES for path in source.data.iterdir()):
+        advice = (
+            f"its pictures have no class; of pictures with captions make shards (python ingest.py folder {source.data} "
+            "--out DIR) and give those"
+        )
     else:
         advice = "give the folder of the .tar files or of the class folders, or --captions dataset_coco.json"
     raise ValueError(f"--data {source.data}: no .tar shards in it, and no folders of pictures; {advice}")

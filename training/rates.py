@@ -49,6 +49,10 @@ class Rates:
         self._begin = time.perf_counter()
         self._waited_s = 0.0
 
+    def leave_out(self, seconds: float) -> None:
+        """Takes the last so many seconds out of the time of the steps."""
+        self._begin += seconds
+
     @contextlib.contextmanager
     def waiting(self) -> Generator[None]:
         begin = time.perf_counter()
@@ -58,15 +62,21 @@ class Rates:
     def since_last(self, num_steps: int) -> dict[str, float | None]:
         """Returns the rates of the last steps. Of waiting and memory, those of the rank that has most."""
         elapsed_s = max(time.perf_counter() - self._begin, 1e-9)
-        images_per_s = num_steps * self._config.batch_size / elapsed_s
         of_ranks = self._world.each((self._waited_s / elapsed_s, memory_gib(self._device)))
         waits, memories = zip(*of_ranks, strict=True)
         return {
+            **self.of(num_steps, elapsed_s),
+            "data_wait_fraction": max(waits),
+            "memory_gib": max(memories),
+        }
+
+    def of(self, num_steps: int, elapsed_s: float) -> dict[str, float | None]:
+        """Returns what so many steps in so many seconds come to, over all ranks."""
+        images_per_s = num_steps * self._config.batch_size / elapsed_s
+        return {
             "images_per_s": images_per_s,
             "tokens_per_s": images_per_s * (self._config.tokens + self._config.text_tokens),
-            "data_wait_fraction": max(waits),
             "mfu": images_per_s * self._flops_a_pair / self._peak if self._peak else None,
-            "memory_gib": max(memories),
         }
 
 

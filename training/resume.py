@@ -1,20 +1,23 @@
 """Whether a run folder's run may go on, and from where: its recorded config beside this one, its newest checkpoint."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import LOCK, only_writer
 from pipeline.mixture import split_weights
 
 from . import checkpoint
 from .fields import Config, flag
 from .health import NON_FINITE
 from .metrics import LEDGER, METRICS, REJECTED
+from .profile import PROFILE, TRACE
 
 JOB = "job"
 """In config.json: which call of torchrun wrote it."""
@@ -22,11 +25,31 @@ MAY_DIFFER = frozenset(
     {"data", "out", "preset", "stage", "resume", "steps", "samples", "base_lr", "vocabulary"}
     | {"threads", "workers", "prefetch", "decoder", "device"}
     | {"log_every", "checkpoint_every", "keep_checkpoints", "milestone_every", "ledger", "eval_data", "eval_every"}
-    | {"max_bad_fraction", "report_to", "shard", "accumulate", "grad_checkpointing", "tiled_loss", "peer_timeout"}
+    | {"max_bad_fraction", "report_to", "profile", "peer_timeout"}
+    | {"shard", "accumulate", "grad_checkpointing", "tiled_loss"}
 )
 """What may be another when a run is resumed: the run's length, what it reports, and how its work is laid out over
 threads, devices, ranks and memory. The data itself is held to the index's digest, not to its path; its weights may not
 differ."""
+
+
+@contextlib.contextmanager
+def held_folder(run: Path) -> Generator[None]:
+    """Holds a run's folder for this process. If it was made for that and nothing was written to it, as where a run is
+    refused before its first step, it goes again, and so do the folders over it that were made too.
+
+    Raises ValueError when another process holds it.
+    """
+    made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    with only_writer(run):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # another run began in one of them
+                if made and os.listdir(run) == [LOCK]:
+                    (run / LOCK).unlink()
+                    for folder in made:
+                        folder.rmdir()
 
 
 def record(config: Config) -> dict[str, Any]:
@@ -102,6 +125,18 @@ def checkpoint_to_resume(config: Config) -> checkpoint.Checkpoint | None:
     return last
 
 
+def nothing_left(config: Config, state: Mapping[str, Any]) -> str:
+    """Returns the line on a run whose newest checkpoint, of this state, is at the asked length or beyond."""
+    run, done, asked = config.run_folder, state["step"], config.total_steps
+    unused = "; --profile has no step to time" if config.profile else ""
+    if done == asked:
+        return f"{run} is finished: {done:,} steps, {state['samples_seen']:,} pairs; nothing to do{unused}"
+    return (
+        f"{run} has done {done:,} steps, more than the {asked:,} that are asked for; nothing to do{unused}. "
+        f"For a run of {asked:,} steps give another --out, or --resume never"
+    )
+
+
 def refuse_other_data(state: Mapping[str, Any], digest: str, source_shards: Sequence[int] | None, run: Path) -> None:
     """Raises ValueError where a checkpoint's state is of other shards. source_shards: None where no weights are given.
 
@@ -117,7 +152,7 @@ def clear(run: Path) -> None:
     """Deletes what an older run left in the folder; only once all that can be refused has been checked."""
     if (run / checkpoint.FOLDER).exists():
         shutil.rmtree(run / checkpoint.FOLDER)
-    for name in ("config.json", METRICS, REJECTED, LEDGER, NON_FINITE):
+    for name in ("config.json", METRICS, REJECTED, LEDGER, NON_FINITE, PROFILE, TRACE):
         (run / name).unlink(missing_ok=True)
 
 

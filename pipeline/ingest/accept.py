@@ -192,8 +192,8 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_NOT_IN_JSON = frozenset(("error_message", "previous_status", "attempt", "change", "face_boxes", "members"))
-_NOT_IN_PARQUET = frozenset(("members",))
+_NOT_IN_JSON = frozenset(("error_message", "previous_status", "attempt", "change", "face_boxes", "members", "own_file"))
+_NOT_IN_PARQUET = frozenset(("members", "own_file"))
 
 
 class Unfit(Unusable):

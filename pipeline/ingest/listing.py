@@ -23,14 +23,17 @@ _CAPTIONS = ("txt", "json")
 _MAX_CAPTION_FILE = 1 << 20
 _ROWS_AT_ONCE = 4096
 
+FILE = "own_file"
+"""Column of a work list: size and time of the file that the picture is in, by which a later run knows it again."""
+_FILE = (FILE, pa.struct([("bytes", pa.int64()), ("modified_ns", pa.int64())]))
 _FILES = pa.schema(
     [("row", pa.int64()), ("path", pa.string()), ("caption", pa.string()), ("status", pa.string()),
-     ("error_message", pa.string())]
+     ("error_message", pa.string()), _FILE]
 )  # fmt: skip
 _MEMBER = pa.struct([("extension", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 _SAMPLES = pa.schema(
     [("row", pa.int64()), ("shard", pa.string()), ("source_key", pa.string()), ("caption", pa.string()),
-     ("members", pa.list_(_MEMBER)), ("status", pa.string()), ("error_message", pa.string())]
+     ("members", pa.list_(_MEMBER)), ("status", pa.string()), ("error_message", pa.string()), _FILE]
 )  # fmt: skip
 
 
@@ -62,6 +65,11 @@ class Table:
 
     def candidates(self, name: str) -> tuple[str, ...]:
         return (self.path_column if name == "path" else self.caption_column,)
+
+
+def holds_pictures(folder: Path) -> bool:
+    """Returns whether files in a folder, or in a folder of it, are pictures by their names."""
+    return any(path.suffix[1:].lower() in PICTURES for pattern in ("*", "*/*") for path in folder.glob(pattern))
 
 
 def list_folder(root: Path) -> Listing:
@@ -123,6 +131,15 @@ def _caption(content: bytes | None, reason: str | None = None) -> Row:
     return {"caption": text, "status": None, "error_message": None}
 
 
+def _file(path: str | Path) -> Row | None:
+    """A file's size and time, or None where there is no such file."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return {"bytes": found.st_size, "modified_ns": found.st_mtime_ns}
+
+
 # A folder
 
 
@@ -155,7 +172,7 @@ def _folder_rows(root: Path, listing: Listing) -> Generator[Row]:
             except UnicodeEncodeError:
                 path = path.encode(errors="surrogateescape").decode(errors="replace")
                 row = {**row, "status": "bad path", "error_message": "its name is not UTF-8"}
-            yield {"path": path, **row}
+            yield {"path": path, **row, FILE: _file(os.path.join(folder, name))}
 
 
 def _encoded(name: str) -> bytes:
@@ -198,7 +215,7 @@ def _table_rows(table: Table, source: Source) -> Generator[Row]:
         for path, caption in zip(*columns, strict=True):
             row = _path(path)
             if row["status"] is None:
-                row |= _caption(caption)
+                row |= {**_caption(caption), FILE: _file(base / row["path"])}
             if looked < _PROBED:
                 looked += 1
                 there += os.path.lexists(base / (row["path"] or ""))
@@ -248,12 +265,13 @@ def _shard_rows(tars: Sequence[Path], listing: Listing) -> Generator[Row]:
         with path.open("rb") as file:
             # An empty file cannot be mapped.
             view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+            whole = _file(path)
             try:
                 groups, damage = members_by_key(view)
                 if damage:
                     listing.problems[path.name] = damage
                 for key, group in groups.items():
-                    yield {"shard": path.name, "source_key": key, **_sample(group, view)}
+                    yield {"shard": path.name, "source_key": key, **_sample(group, view), FILE: whole}
             finally:
                 if isinstance(view, mmap.mmap):
                     view.close()

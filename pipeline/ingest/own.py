@@ -1,7 +1,8 @@
 """Own pictures in, the same shards out as from the web: a folder, a table of paths and captions, or other shards.
 
 Listing comes first, into work lists as for the web, a row for each picture, with what is known to be wrong with it;
-then accepting decodes, checks and repairs. Run again, it continues; the number of workers changes no byte.
+then accepting decodes, checks and repairs. Run again, it continues, but for a source that has changed, which is
+refused; the number of workers changes no byte.
 """
 
 import json
@@ -13,9 +14,10 @@ from typing import Any, Literal
 from ..files import only_writer, write_text
 from ..scan import MIN_SIDE
 from .accept import Job, Rules, accept, finished
+from .changed import changes
 from .engine import run
 from .fetched import Own
-from .listing import Table, list_folder, list_shards, list_table
+from .listing import Listing, Table, holds_pictures, list_folder, list_shards, list_table
 from .passes import Passes, Summary, refuse_other_data, summarise
 from .picture import MAX_JPEG_SIDE
 from .progress import Progress
@@ -64,20 +66,25 @@ class Options:
 def make(source: Path, out: Path, options: Options, workers: int) -> Summary:
     """Writes the shards of own pictures, or what is missing of them, and returns what became of each.
 
-    Raises ValueError in one line where the source or the folder cannot be used.
+    Raises ValueError in one line where the source or the folder cannot be used, and where the source has changed.
     """
     root = _check(source, out)
-    tars = find_shards(source) if options.kind == "shards" else []
+    tars = shards_in(source) if options.kind == "shards" else []
     passes = Passes(out / "_work")
     origin = _origin(root, options, tars)
-    refuse_other_data(out, passes, origin)
+    # What has changed in these is said in more words below.
+    refuse_other_data(out, passes, origin, ("table", "shards"))
+    base = root if options.table is None else options.table.resolve().parent
+    own = Own(root, base, options.kind == "shards")
     with only_writer(out):
-        clear_left_overs(out)
         if passes.current is None:
+            clear_left_overs(out)
             write_text(out / "recipe.json", json.dumps(origin, indent=1) + "\n")
             passes.begin(partial(_plan, root=root, options=options, tars=tars))
-        base = root if options.table is None else options.table.resolve().parent
-        _accept(passes, out, Own(root, base, options.kind == "shards"), options, workers)
+        else:
+            _refuse_changed(source, out, passes, own, _listing(root, options, tars))
+            clear_left_overs(out)
+        _accept(passes, out, own, options, workers)
         summary = summarise(out, passes)
         write_text(out / "summary.json", json.dumps(summary.__dict__, indent=1) + "\n")
     return summary
@@ -92,6 +99,18 @@ def _check(source: Path, out: Path) -> Path:
     return root
 
 
+def shards_in(source: Path) -> list[Path]:
+    """Returns the shards in a folder, in order. Raises ValueError, in one line, where there are none."""
+    if not any(source.glob("*.tar")) and holds_pictures(source):
+        raise ValueError(f"{source}: no .tar shards in it, but pictures: {advice(source)}")
+    return find_shards(source)
+
+
+def advice(folder: Path) -> str:
+    """Returns the command that makes shards of a folder of pictures."""
+    return f"python ingest.py folder {folder} --out DIR"
+
+
 def _origin(root: Path, options: Options, tars: list[Path]) -> dict[str, Any]:
     """All that decides what is made, as recipe.json keeps it."""
     said = {name: value for name, value in options.__dict__.items() if name not in ("kind", "table")}
@@ -103,13 +122,28 @@ def _origin(root: Path, options: Options, tars: list[Path]) -> dict[str, Any]:
     return origin | {"--metadata": table, "table": table and describe_files([Path(table)])}
 
 
-def _plan(folder: Path, root: Path, options: Options, tars: list[Path]) -> Plan:
+def _listing(root: Path, options: Options, tars: list[Path]) -> Listing:
     if options.kind == "shards":
-        listing = list_shards(tars)
-    elif options.table is None:
-        listing = list_folder(root)
-    else:
-        listing = list_table(Table(options.table, options.path_column, options.caption_column))
+        return list_shards(tars)
+    if options.table is None:
+        return list_folder(root)
+    return list_table(Table(options.table, options.path_column, options.caption_column))
+
+
+def _refuse_changed(source: Path, out: Path, passes: Passes, own: Own, listing: Listing) -> None:
+    """Raises ValueError where the source is not as it was when `out` was begun."""
+    plan, lists = passes.current, passes.folder(passes.number)
+    assert plan is not None
+    jobs = [(list_path(lists, list_id), list_path(out, list_id)) for list_id in plan.lists]
+    if found := changes(listing.tables, jobs, own):
+        raise ValueError(
+            f"{source} has changed since {out} was begun: {'; '.join(found)}. Choose another --out, or delete {out}; "
+            "what only came in addition can be a source of its own: train.py --data A B"
+        )
+
+
+def _plan(folder: Path, root: Path, options: Options, tars: list[Path]) -> Plan:
+    listing = _listing(root, options, tars)
     num_lists, rows = write_lists(listing.tables, folder, 0, options.samples_per_shard)
     if not rows:
         raise ValueError(f"{options.table or root}: no pictures in it")

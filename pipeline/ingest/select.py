@@ -6,6 +6,7 @@ Rows stream through in batches, so memory does not grow with their number. About
 """
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -34,6 +35,9 @@ _SUFFIXES = (".parquet", *_DELIMITERS)
 _ROW = "\0row"
 """No metadata have a column of that name."""
 _SCHEMES = ("http://", "https://")
+_EXPECTED_WITHIN = 0.02
+"""Share of a recipe's expected rows by which the metadata may differ unsaid: releases lose some, and most counts are
+published as round numbers."""
 STATUSES = ("bad url", "scheme", "no caption", "caption not UTF-8", "caption too long", "duplicate url")
 """What a row can be before anything is downloaded, by the first that applies."""
 
@@ -101,10 +105,24 @@ def select(recipe: WebRecipe, metadata: Sequence[Path], folder: Path) -> Plan:
     counts: Counter[str] = Counter()
     tables = _rows(source, recipe, counts)
     num_lists, rows = write_lists(tables, folder, 0, recipe.samples_per_shard)
+    if (remark := _other_size(recipe, counts["read"])) is not None:
+        print(remark, file=sys.stderr)
     statuses = {status: counts[status] for status in STATUSES if counts[status]}
     plan = Plan(0, num_lists, rows, counts["read"], counts["filtered out"], statuses)
     finish(folder, plan)
     return plan
+
+
+def _other_size(recipe: WebRecipe, rows_read: int) -> str | None:
+    """What to say where all metadata were read and they are not of the size that was published."""
+    expected = recipe.expected_rows
+    # `rows` may have ended the reading early.
+    if not expected or recipe.rows or abs(rows_read - expected) <= _EXPECTED_WITHIN * expected:
+        return None
+    return (
+        f"warning: the metadata have {rows_read:,} rows, {rows_read / expected:.1%} of the {expected:,} published; "
+        "a part of them, or another release?"
+    )
 
 
 def describe_files(metadata: Sequence[Path]) -> str:

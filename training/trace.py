@@ -1,11 +1,12 @@
 """A Chrome trace of steps and of the batches made beside them, from torch.profiler; and how far the two overlap.
 
-Open the file in chrome://tracing or Perfetto. Each step and its parts stand on lines of their own, each batch on the
+Open the file in Perfetto or chrome://tracing. Each step and its parts stand on lines of their own, each batch on the
 line of the thread that made it.
 """
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,31 +18,37 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from pipeline.batch import Batch
 from pipeline.loader import Loader
 
+# Read at the first profile: without it each prints two lines of its own on standard error.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
 STEP, MAKE, WAIT = "step ", "make batch ", "data_wait"
 _PARTS_LINE = "parts of a step"
 
 
 class TracedLoader(Loader):
-    """A loader whose batches show in a trace."""
+    """A loader whose batches show in a trace, where threads of this process make them."""
 
     def batch(self, step: int) -> Batch:
         with record_function(f"{MAKE}{step}"):
             return super().batch(step)
 
 
-def trace(run: Callable[[], Sequence[Sequence[tuple[str, float]]]], out: Path) -> float:
-    """Runs under the profiler and writes the trace `out`. Returns what share of the batches' making steps hid.
-
-    run: takes steps, each inside record_function("step N"), and returns their marks: for each step when it began ("")
-    and when each part ended, by time.perf_counter, in seconds.
-    """
+def profiler() -> profile:
+    """Returns torch's profiler, for `with` or start() and stop(): all threads, and the GPU where there is one."""
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities, experimental_config=_ExperimentalConfig(profile_all_threads=True)) as profiler:
-        marks = run()
+    return profile(activities=activities, experimental_config=_ExperimentalConfig(profile_all_threads=True))
+
+
+def write_trace(stopped: profile, marks: Sequence[Sequence[tuple[str, float]]], out: Path) -> float:
+    """Writes the trace `out` of a profiler that was stopped. Returns what share of the batches' making steps hid.
+
+    marks: for each step, which stood inside record_function("step N"), when it began ("") and when each part ended,
+    by time.perf_counter, in seconds.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(out))
+    stopped.export_chrome_trace(str(out))
     found = json.loads(out.read_text())
     events: list[dict[str, Any]] = found["traceEvents"]
     parts = _part_events(events, marks)
