@@ -92,7 +92,10 @@ def export(config: Export) -> None:
     try:
         write_all(folder, contents)
     except OSError as error:
-        raise OSError(f"--out {config.out} cannot be written ({error.strerror}); what was there is untouched") from None
+        raise OSError(
+            f"--out {config.out} cannot be written ({error.strerror}); nothing was changed: "
+            "mend that and run the same command again"
+        ) from None
     print(f"wrote {config.out} and {', '.join(texts)}: {describe(weights)}")
     print(f'load it with {loader}{folder}")')
 

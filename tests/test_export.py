@@ -161,7 +161,10 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, capsy
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capsys.readouterr().err
-    assert error == f"error: --out {out} cannot be written (File too large); what was there is untouched\n"
+    assert error == (
+        f"error: --out {out} cannot be written (File too large); nothing was changed: "
+        "mend that and run the same command again\n"
+    )
     assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == before
     assert export.main([str(tmp_path / "other"), "--out", str(out)]) == 0
     assert json.loads((out.parent / "open_clip_config.json").read_text()) != values

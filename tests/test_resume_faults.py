@@ -147,7 +147,7 @@ def test_a_full_disk_ends_all_ranks_with_one_line_and_keeps_the_older_checkpoint
     said = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(said) == 1, output
     assert re.search(r"step-00000004 cannot be written \(.*the older checkpoints are untouched", said[0]), said
-    assert "Traceback" not in output
+    assert 'train.py", line' not in output, "that of torchrun, which has children that failed, is its own"
     assert [path.name for path in (run / checkpoint.FOLDER).iterdir()] == ["step-00000002"]
     torchrun.run(2, "train.py", *arguments(shards, run, 6, *steps))
     found, wanted = weights(run), weights(whole)

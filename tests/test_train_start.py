@@ -52,7 +52,7 @@ def imported(stderr: str) -> set[str]:
     ("command", "code", "words"),
     [
         (("--help",), 0, "--tokens"),
-        (("--tokns", "16"), 2, "--tokens"),
+        (("--tokns", "16"), 2, "error: unknown flag --tokns; did you mean --tokens?"),
         (("--tokens", "17"), 2, "error: --tokens 17 is no square number"),
         (("--model", "ViT-Ti-61"), 2, "error: --model ViT-Ti-61 is not known"),
         (("--preset", "nowhere.toml"), 2, "error: --preset nowhere.toml: no such file"),

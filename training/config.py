@@ -19,7 +19,7 @@ __all__ = ["STARTER", "Config", "attention_backends", "parse", "resolved", "reso
 def parse(arguments: Sequence[str], description: str) -> list[Config]:
     """Returns the checked configs of a command line, one for each stage that it trains.
 
-    Raises ValueError; for an unknown flag tyro prints and exits.
+    Raises ValueError; for a value that is missing or of another type tyro prints and exits.
     """
     known = {field.name for field in dataclasses.fields(Config)}
     configs: list[Config] = []

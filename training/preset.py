@@ -47,8 +47,10 @@ def expand(arguments: Sequence[str], known: Collection[str]) -> list[Stage]:
     """Returns the stages that a command line asks for, in order; one without a name where no preset has stages.
 
     known: names of the flags, as in a preset. `--preset` may stand anywhere; the last one counts.
-    Raises ValueError, in one line, for a preset that cannot be read and a key or stage that it cannot have.
+    Raises ValueError, in one line, for an unknown flag, a preset that cannot be read and a key or stage that it cannot
+    have.
     """
+    _refuse_unknown(arguments, known)
     path, wanted = _value(arguments, "preset"), _value(arguments, "stage")
     preset = read(Path(path), known) if path else Preset(Path(), {}, {})
     if wanted is not None and wanted not in preset.stages:
@@ -120,6 +122,17 @@ def _checked(path: Path, table: dict[str, Any], known: Collection[str], where: s
             advice = f'did you mean "{near[0]}"?' if near else "`python train.py --help` lists the keys"
             raise ValueError(f'--preset {path}: unknown key "{where}{key}"; {advice}')
     return {name: table[key] for name, key in named.items()}
+
+
+def _refuse_unknown(arguments: Sequence[str], known: Collection[str]) -> None:
+    for argument in arguments:
+        name = _name(argument)
+        # Those of tyro itself.
+        if name is None or name in known or name == "help" or name.startswith("tyro_"):
+            continue
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        advice = f"did you mean --{near[0].replace('_', '-')}?" if near else "`python train.py --help` lists the flags"
+        raise ValueError(f"unknown flag {argument.partition('=')[0]}; {advice}")
 
 
 def _before(preset: Preset, name: str) -> str | None:
