@@ -31,6 +31,7 @@ from pipeline.ingest.environment import python
 from pipeline.ingest.select import list_path, select
 from pipeline.ingest.web_recipe import WebRecipe
 
+from .command import write_json
 from .environment import environment
 
 _GROUP_ROWS = 1 << 20
@@ -64,15 +65,16 @@ def main() -> None:
         _select_once(Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
         return
     config = tyro.cli(Ingest, description=__doc__)
-    figures: dict[str, Any] = {"config": {**asdict(config), "json": None}, "environment": environment()}
+    result: dict[str, Any] = {"benchmark": "ingest", "environment": environment(), "rows": []}
+    result["about"] = {**asdict(config), "json": None}
     with tempfile.TemporaryDirectory(dir=Path.cwd() / "data" if Path("data").is_dir() else None) as folder:
         if config.rows:
-            figures["select"] = _rows(config, Path(folder))
-            print(json.dumps(figures["select"]))
+            result["rows"].append({"contender": "ours, row selection", **_rows(config, Path(folder))})
+            print(json.dumps(result["rows"][-1]))
         if config.pictures:
-            figures["download"] = _pictures(config, Path(folder))
-    if config.json is not None:
-        config.json.write_text(json.dumps(figures, indent=1) + "\n")
+            rows, result["ratios"] = _pictures(config, Path(folder))
+            result["rows"] += rows
+    write_json(config.json, result)
 
 
 # Rows
@@ -160,7 +162,8 @@ async def _serve() -> None:
     await asyncio.to_thread(sys.stdin.read)
 
 
-def _pictures(config: Ingest, folder: Path) -> dict[str, Any]:
+def _pictures(config: Ingest, folder: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Returns a row for each way to download, and ratios of their medians."""
     command = [sys.executable, "-m", "benchmarks.ingest", "--serve"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -185,14 +188,18 @@ def _pictures(config: Ingest, folder: Path) -> dict[str, Any]:
                 seconds[name].append(time.monotonic() - began)
         assert server.stdin is not None
         server.stdin.close()
-    rates = {name: round(config.pictures / statistics.median(times), 1) for name, times in seconds.items()}
+    rates = {name: config.pictures / statistics.median(times) for name, times in seconds.items()}
     ratios = {
         f"{ours} / {alone}": round(rates[ours] / rates[alone], 3)
         for ours in list(ways)[2:] for alone in list(ways)[:2]
     }  # fmt: skip
     for name, value in {**rates, **ratios}.items():
         print(f"{name:70s} {value:9.3f}")
-    return {"images_per_s": rates, "ratios": ratios, "seconds": seconds}
+    rows: list[dict[str, Any]] = []
+    for name, times in seconds.items():
+        low, high = config.pictures / max(times), config.pictures / min(times)
+        rows.append({"contender": name, "images_per_s": rates[name], "images_per_s_range": [low, high]})
+    return rows, ratios
 
 
 def _settings(config: Ingest) -> img2dataset.Settings:

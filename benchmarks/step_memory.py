@@ -223,7 +223,7 @@ def _panel(axes: Axes, rows: Sequence[Row], config: StepMemory) -> None:
             label=label,
         )
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=10)
+    axes.set_yscale("log", base=2)
     axes.set_xticks(config.batch_sizes, [f"{size:,}" for size in config.batch_sizes])
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())

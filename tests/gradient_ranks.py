@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from model import loss_tiled
 from model.clip import CLIP
 from model.loss import Features, LossKind, contrastive_loss
 from model.presets import ModelConfig, model_config
@@ -98,6 +99,7 @@ def gradients(case: Case, world: World) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    loss_tiled.TILE = 3  # smaller than a rank's part, and no divisor of it
     world = place()
     with joined(world, "cpu"):
         for case in cases():

