@@ -67,6 +67,8 @@ def _where_shards_are(folder: Path) -> str:
     if inside:
         more = f"; so {'have' if len(inside) > 2 else 'has'} {', '.join(inside[1:])}" if len(inside) > 1 else ""
         return f"its folder {folder / inside[0]} has some{more}"
+    if (folder / "recipe.json").is_file():
+        return f"`python ingest.py status {folder}` says what became of its rows"
     if any(path.suffix.lower() in _PICTURES for path in chain(folder.iterdir(), folder.glob("*/*"))):
         return f"it holds pictures: `python ingest.py folder {folder} --out DIR` makes shards of them"
     return "give the folder that holds NNNNN.tar files"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.ingest.duplicates import Seen
 from pipeline.ingest.expression import Filter
-from pipeline.ingest.select import Plan, list_path, read_plan, select
+from pipeline.ingest.select import Plan, describe_files, list_path, read_plan, select
 from pipeline.ingest.web_recipe import WebRecipe
 
 COLUMNS = {"a": [1, 2, None, 4, 5], "b": [5.0, 4.0, 3.0, 2.0, 1.0], "s": ["x", "y", "x", None, "zz"]}
@@ -224,6 +224,20 @@ def test_files_that_are_no_metadata_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             select(recipe(), [path], tmp_path)
+
+
+def test_what_was_made_from_metadata_beside_them_is_none(tmp_path: Path) -> None:
+    out = tmp_path / "meta" / "out"
+    (out / "_work").mkdir(parents=True)
+    metadata(tmp_path / "meta" / "m.parquet", 10)
+    before = describe_files([tmp_path / "meta"])
+    (out / "recipe.json").write_text("{}")
+    metadata(out / "00000.parquet", 5)
+    metadata(out / "_work" / "00000.parquet", 5)
+    assert describe_files([tmp_path / "meta"]) == before
+    assert select(recipe(), [tmp_path / "meta"], tmp_path).rows_read == 10
+    # Named itself, it is meant.
+    assert "2 files" in describe_files([out])
 
 
 def test_a_file_that_differs_from_the_first_is_refused(tmp_path: Path) -> None:

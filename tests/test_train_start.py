@@ -191,6 +191,10 @@ def test_a_folder_without_shards_is_answered_by_where_they_are(
         assert f"it holds pictures: `python ingest.py folder {folder} --out DIR` makes shards of them" in said(folder)
     (tmp_path / "empty").mkdir()
     assert "give the folder that holds NNNNN.tar files" in said(tmp_path / "empty")
+    # Where nothing of a recipe was kept, its report is the only picture.
+    for name in ("recipe.json", "report.png"):
+        (tmp_path / "empty" / name).write_text("{}")
+    assert f"`python ingest.py status {tmp_path / 'empty'}` says what became of its rows" in said(tmp_path / "empty")
 
 
 @pytest.mark.slow

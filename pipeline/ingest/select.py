@@ -232,7 +232,10 @@ class _File:
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        if not (files := sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES)):
+        # What this program made from some of them may lie among them, and has tables of its own.
+        made = {recipe.parent for recipe in path.rglob("recipe.json")} - {path}
+        found = (file for file in path.rglob("*") if file.suffix in _SUFFIXES and not made & set(file.parents))
+        if not (files := sorted(found)):
             raise ValueError(f"--metadata {path}: no {', '.join(_SUFFIXES)} files in it")
         return files
     if not path.is_file():
