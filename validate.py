@@ -166,12 +166,12 @@ def _retrieval(model: CLIP, held_out: HeldOut, images: ImageFeatures, results: d
     texts = held_out.text_features(model, asked)
     place = np.cumsum(images.valid) - 1
     results["num_captions"] = int(kept.sum())
-    results |= recall(images.features[torch.from_numpy(images.valid)], texts, place[owners[kept]])
-    results |= shared_captions(asked, owners[kept])
+    recalls = recall(images.features[torch.from_numpy(images.valid)], texts, place[owners[kept]])
+    results |= recalls | shared_captions(asked, owners[kept])
     rows: list[tuple[str, str]] = []
     sides = {"retrieval_image_r": "image for a caption, R@", "retrieval_text_r": "caption for an image, R@"}
     for start, label in sides.items():
-        found = {key: value for key, value in results.items() if key.startswith(start)}
+        found = {key: value for key, value in recalls.items() if key.startswith(start)}
         rows += [(label + key.removeprefix(start), _percent(value)) for key, value in found.items()]
     rows.append(("chance, image R@1", _percent(1 / results["num_images"])))
     return rows + _limits(results)
