@@ -25,6 +25,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from PIL import Image
 
+from training.metrics import read_jsonl
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As a shell starts what runs in its background. Tests and the commands that they start answer Ctrl-C all the same.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -144,6 +146,11 @@ def unpacked_wheel(package: str, version: str, without: str) -> Path:
         with contextlib.suppress(OSError):
             (Path(scratch) / "wheel").rename(folder)
     return folder
+
+
+def ledger(run: Path) -> list[str]:
+    """The hash of each step's sample ids, in the order of the steps that a run logged."""
+    return [step for row in read_jsonl(run / "metrics.jsonl") for step in row["ledger"]]
 
 
 def samples_of(out: Path) -> dict[str, dict[str, bytes]]:

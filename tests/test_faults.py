@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchrun
+from conftest import ledger
 from safetensors.torch import load_file
 
 import train
@@ -40,10 +41,6 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def ledger(run: Path) -> list[str]:
-    return [step for row in read_jsonl(run / "metrics.jsonl") for step in row["ledger"]]
 
 
 def losses(run: Path) -> list[float]:

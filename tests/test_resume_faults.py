@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torchrun
+from conftest import ledger
 
 import train
 from training import checkpoint
@@ -33,10 +34,6 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     assert newest is not None
     assert passed_over == []
     return {**newest.model_tensors(), **newest.optimizer_tensors()}
-
-
-def ledger(run: Path) -> list[str]:
-    return [step for row in read_jsonl(run / "metrics.jsonl") for step in row["ledger"]]
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ledger
 from safetensors.torch import load_file
 
 import export
@@ -39,10 +40,6 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def same_weights(one: Path, other: Path) -> bool:
     a, b = weights(one), weights(other)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def ledger(run: Path) -> list[str]:
-    return [step for row in read_jsonl(run / "metrics.jsonl") for step in row["ledger"]]
 
 
 LONG = 30
