@@ -77,8 +77,14 @@ class LoaderAndModel:
             return Turn(images, time.perf_counter() - wall, time.process_time() - cpu)
 
     def join(self) -> Joint:
-        """Both, as train.py joins them."""
-        with tempfile.TemporaryDirectory() as folder, self.batches(self._config.steps) as batches:
+        """Both, as train.py joins them, from the end of one step to the end of another.
+
+        A step is taken before the clock starts, so that the first batch is in the making while it runs, as the batch
+        after the last is at the end: else the last step, which nothing is loaded for, would count as time lost.
+        """
+        with tempfile.TemporaryDirectory() as folder, self.batches(self._config.steps + 1) as batches:
+            self.stepper.step(next(batches))
+            self.stepper.synchronize()
             marks = Marks(self.stepper.device)
             run = Path(folder)
             log = RunLog(run, 0)

@@ -628,6 +628,8 @@ def test_a_set_of_many_shards_is_built_by_workers_from_a_server(
 
 def broken(web: tuple[str, type[Faults], Path], source: str) -> None:
     _, handler, folder = web
-    shutil.copy(folder / "w01.tar", folder / "w00.tar")  # a change: the index is built anew
+    # A change: the index is built anew. Servers give whole seconds, so within one it would not be seen.
+    shutil.copy(folder / "w01.tar", folder / "w00.tar")
+    os.utime(folder / "w00.tar", (1e9, 1e9))
     handler.faults["/w00.tar"] = ("503", -1)
     open_index([source], limits=quick(), workers=2)
