@@ -60,10 +60,13 @@ class LoaderAndModel:
         self._next = 0
 
     @contextlib.contextmanager
-    def batches(self, steps: int) -> Generator[Generator[Batch]]:
-        """The next batches, of which the first was made already and is left out, as in the midst of a run."""
+    def batches(self, steps: int, beyond: int = 0) -> Generator[Generator[Batch]]:
+        """The next batches, of which the first was made already and is left out, as in the midst of a run.
+
+        beyond: how many more than `steps` may be made, which nobody takes.
+        """
         config = self._config
-        first, self._next = self._next, self._next + steps + 1
+        first, self._next = self._next, self._next + steps + beyond + 1
         batches = self.loader.batches(first, self._next, threads=config.threads, prefetch=config.prefetch)
         with contextlib.closing(batches):
             next(batches)
@@ -79,10 +82,12 @@ class LoaderAndModel:
     def join(self) -> Joint:
         """Both, as train.py joins them, from the end of one step to the end of another.
 
-        A step is taken before the clock starts, so that the first batch is in the making while it runs, as the batch
-        after the last is at the end: else the last step, which nothing is loaded for, would count as time lost.
+        A step is taken before the clock starts, and batches are made beyond the last: so the loader does in this time
+        what it does in the midst of a run, neither idle under the last step nor ahead of the first.
         """
-        with tempfile.TemporaryDirectory() as folder, self.batches(self._config.steps + 1) as batches:
+        config = self._config
+        ahead = self.batches(config.steps + 1, beyond=config.prefetch + config.threads)
+        with tempfile.TemporaryDirectory() as folder, ahead as batches:
             self.stepper.step(next(batches))
             self.stepper.synchronize()
             marks = Marks(self.stepper.device)
@@ -91,7 +96,7 @@ class LoaderAndModel:
             with CheckpointWriter(run, keep=1) as writer, self.stepper.marked(marks):
                 cpu, wall = time.process_time(), time.perf_counter()
                 losses: list[torch.Tensor] = []
-                for step in range(1, self._config.steps + 1):
+                for step in range(1, config.steps + 1):
                     with record_function(f"{STEP}{step}"):
                         marks.begin()
                         batch = next(batches)
@@ -103,7 +108,7 @@ class LoaderAndModel:
                         marks.end("checkpoint")
                 self.stepper.synchronize()
                 turn = Turn(
-                    self._config.steps * self._config.batch_size,
+                    config.steps * config.batch_size,
                     time.perf_counter() - wall,
                     time.process_time() - cpu,
                 )

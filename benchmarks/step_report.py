@@ -115,7 +115,7 @@ class GivenRow:
 
 
 _INK, _RULE = "#1f2933", "#c9d0d8"
-_PART_COLOURS = {
+PART_COLOURS = {
     "copy": "#9aa5b1",
     "embed": "#7b8794",
     "image_forward": "#2563a8",
@@ -265,7 +265,7 @@ def _draw_shares(axes: Axes, rows: Sequence[StepRow]) -> None:
     names = [f"{row.tokens}\n{row.image_reduction}" for row in rows]
     sums = np.array([sum(row.parts_ms.values()) for row in rows])
     below = np.zeros(len(rows))
-    for part, colour in _PART_COLOURS.items():
+    for part, colour in PART_COLOURS.items():
         shares = np.array([row.parts_ms.get(part, 0.0) for row in rows]) / sums
         if shares.any():
             axes.bar(names, shares, 0.8, bottom=below, color=colour, label=part.replace("_", " "))

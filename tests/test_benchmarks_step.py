@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import benchmarks.overlap
 from benchmarks import end_to_end, step
 from benchmarks.contenders import PEERS_PYTHON
 from benchmarks.step_crossing import EndToEndRow, crossings, draw_crossing, format_crossings
@@ -253,6 +254,10 @@ def test_loader_and_model_together(shards: Path, tmp_path: Path, capsys: pytest.
     assert sum(name.startswith("make batch ") for name in names) >= 4
     assert names.count("backward") == 4
     assert "steps hid" in capsys.readouterr().out
+    drawn = tmp_path / "overlap.png"
+    assert benchmarks.overlap.main([str(picture), "--out", str(drawn)]) == 0
+    assert capsys.readouterr().out.startswith(f"{row['hidden_fraction']:.1%} of the making of batches")
+    assert drawn.read_bytes().startswith(b"\x89PNG")
     # A batch is made on another thread than the steps.
     threads = {event["tid"] for event in events if str(event.get("name", "")).startswith("make batch ")}
     steps = {event["tid"] for event in events if str(event.get("name", "")).startswith("step ")}
@@ -265,6 +270,26 @@ def test_bad_input_of_both_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
         assert len(errors) == 1
         assert words in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read: No such file"),
+        ("[]", "is no Chrome trace"),
+        ('{"traceEvents": []}', "holds no parts of"),
+    ],
+)
+def test_what_shows_no_overlap_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, words: str
+) -> None:
+    trace, out = tmp_path / "trace.json", tmp_path / "out.png"
+    if content is not None:
+        trace.write_text(content)
+    assert benchmarks.overlap.main([str(trace), "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {trace} {words}")
+    assert not out.exists()
 
 
 def both_row(tokens: int, loader: float, model: float, decoder: str = "turbo") -> EndToEndRow:

@@ -22,6 +22,8 @@ from pipeline.loader import Loader
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 STEP, MAKE, WAIT = "step ", "make batch ", "data_wait"
+PART = "step_part"
+"""Category of the parts of a step among the events."""
 _PARTS_LINE = "parts of a step"
 
 
@@ -70,7 +72,7 @@ def _part_events(
             found.append(
                 {
                     "ph": "X",
-                    "cat": "step_part",
+                    "cat": PART,
                     "name": part,
                     "pid": event["pid"],
                     "tid": _PARTS_LINE,
