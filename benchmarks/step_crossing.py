@@ -167,8 +167,10 @@ def draw_crossing(rows: Sequence[EndToEndRow], out: Path) -> None:
                 colour = _DECODERS.get(crossing.decoder, _INK)
                 axes.axvline(crossing.tokens, color=colour, linewidth=0.8)
                 label = f" input-bound below {crossing.tokens:.0f}"
+                # Across in tokens, upwards in shares of the axis, whose limits are not known yet.
+                at_foot = axes.get_xaxis_transform()
                 axes.text(
-                    crossing.tokens, axes.get_ylim()[0], label, color=colour, rotation=90, va="bottom", fontsize=8
+                    crossing.tokens, 0.01, label, color=colour, rotation=90, va="bottom", fontsize=8, transform=at_foot
                 )
         finish_rates(axes, {row.tokens for row in rows}, f"images/s on {rows[0].data}: loader against model")
     write_picture(plot, out)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, PercentFormatter, StrMethodFormatter
 
 from evaluation.lettering import FONT
 from pipeline.table import format_table
@@ -254,6 +254,7 @@ def finish_rates(axes: Axes, tokens: Collection[int], title: str) -> None:
     ticks = sorted(tokens)
     axes.set_xticks(ticks, list(map(str, ticks)))
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.set_xlabel("image tokens")
     axes.set_title(title, loc="left", fontsize=11)
