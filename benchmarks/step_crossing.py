@@ -166,11 +166,17 @@ def draw_crossing(rows: Sequence[EndToEndRow], out: Path) -> None:
             if crossing.tokens is not None:
                 colour = _DECODERS.get(crossing.decoder, _INK)
                 axes.axvline(crossing.tokens, color=colour, linewidth=0.8)
-                label = f" input-bound below {crossing.tokens:.0f}"
-                # Across in tokens, upwards in shares of the axis, whose limits are not known yet.
-                at_foot = axes.get_xaxis_transform()
                 axes.text(
-                    crossing.tokens, 0.01, label, color=colour, rotation=90, va="bottom", fontsize=8, transform=at_foot
+                    crossing.tokens,
+                    0.01,
+                    f" input-bound below {crossing.tokens:.0f}",
+                    color=colour,
+                    rotation=90,
+                    ha="left",
+                    va="bottom",
+                    fontsize=8,
+                    # Across in tokens, upwards in shares of the axis, whose limits are not known yet.
+                    transform=axes.get_xaxis_transform(),
                 )
         finish_rates(axes, {row.tokens for row in rows}, f"images/s on {rows[0].data}: loader against model")
     write_picture(plot, out)

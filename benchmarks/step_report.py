@@ -251,7 +251,10 @@ def finish_rates(axes: Axes, tokens: Collection[int], title: str) -> None:
     """Makes of lines of images/s against image tokens a chart of two logarithmic axes."""
     axes.set_xscale("log")
     axes.set_yscale("log")
-    ticks = sorted(tokens)
+    ticks: list[int] = []
+    for count in sorted(tokens):
+        if not ticks or count > 1.1 * ticks[-1]:  # nearer, one number would stand upon the other
+            ticks.append(count)
     axes.set_xticks(ticks, list(map(str, ticks)))
     axes.minorticks_off()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
