@@ -7,6 +7,9 @@ python ingest.py shards SRC --out data/mine
 python ingest.py shrink SRC --out DIR --short-side 128
 python ingest.py report DIR
 python ingest.py status DIR
+
+It ends with 0 when all is done, 2 when something must be mended first (one line says what; nothing kept is such a
+case), and 130 when it was interrupted.
 """
 
 import os
@@ -23,7 +26,7 @@ if __name__ == "__main__":
 
 import tyro
 
-from pipeline.ingest import chart, emoji, own, passes, shrink, statistics, tables, web
+from pipeline.ingest import advice, chart, emoji, own, passes, shrink, statistics, tables, web
 from pipeline.ingest.environment import Distributor
 from pipeline.ingest.img2dataset import Settings
 from pipeline.ingest.recipe import load
@@ -214,7 +217,7 @@ def _download(recipe: WebRecipe, config: Ingest) -> str:
         config.allow_loopback,
     )
     options = web.Options(config.metadata, config.shrink, config.retry, config.workers, settings)
-    return _finished(web.make(recipe, config.out, options), config.out)
+    return _finished(web.make(recipe, config.out, options), config.out, None)
 
 
 def make_own(config: Folder | Shards) -> str:
@@ -226,15 +229,21 @@ def make_own(config: Folder | Shards) -> str:
     if isinstance(config, Folder):
         said["table"] = said.pop("metadata")
     options = own.Options("folder" if isinstance(config, Folder) else "shards", **said)
-    return _finished(own.make(config.source, config.out, options, config.workers), config.out)
+    return _finished(own.make(config.source, config.out, options, config.workers), config.out, config.source)
 
 
-def _finished(summary: passes.Summary, out: Path) -> str:
-    """Draws the report of a run and returns what to say at its end."""
+def _finished(summary: passes.Summary, out: Path, source: Path | None) -> str:
+    """Draws the report of a run and returns what to say at its end; source: of own pictures.
+
+    Raises ValueError where nothing was kept: whoever goes on to train on it must not think that all is well.
+    """
     lines = [passes.describe(summary, out)]
     if summary.rows:
         chart.draw(statistics.statistics(out), out.resolve().name, out / "report.png")
         lines.append(f"picture: {out / 'report.png'}; tables: python ingest.py report {out}")
+    if not summary.kept:
+        print("\n".join(lines))
+        raise ValueError(advice.nothing_kept(summary, out, source))
     return "\n".join(lines)
 
 

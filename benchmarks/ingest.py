@@ -1,15 +1,14 @@
 """What ingestion costs: `python -m benchmarks.ingest`.
 
-Rows: a synthetic table of metadata is selected from in a process of its own, with a filter and without; rows a second of
-CPU time, and its peak memory. Pictures: a server on loopback (a process too), img2dataset alone on a list, and this
-project's way on the same list, in turns: the download part by itself, then all with the checks. A ratio is of the
-medians; the machine's other load falls on all of them alike.
+Rows: a synthetic table of metadata is selected from in a process of its own, with a filter and without; rows a second
+of CPU time, and its peak memory. Pictures: a server on loopback (a process too), img2dataset alone on a list, and
+this project's way on the same list, in turns: the download part by itself, then all with the checks. A ratio is of
+the medians; the machine's other load falls on all of them alike.
 """
 
 import asyncio
 import io
 import json
-import resource
 import shutil
 import statistics
 import subprocess
@@ -35,6 +34,7 @@ from pipeline.ingest.work_lists import list_path
 
 from .command import write_json
 from .environment import environment
+from .peak import peak_bytes
 
 _GROUP_ROWS = 1 << 20
 _COLUMNS = {"url": ("URL",), "caption": ("TEXT",), "width": ("WIDTH",), "height": ("HEIGHT",)}
@@ -102,7 +102,7 @@ def _select_once(path: Path, condition: str, out: Path) -> None:
     wall, cpu = time.monotonic(), time.process_time()
     plan = select(recipe, [path], out)
     wall, cpu = time.monotonic() - wall, time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_bytes() / 2**20
     figures = {"rows": plan.rows_read, "selected": plan.rows, "rows_per_cpu_s": round(plan.rows_read / cpu)}
     print(json.dumps(figures | {"rows_per_s": round(plan.rows_read / wall), "peak_mib": round(peak)}))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -20,6 +21,17 @@ _INSTALL = {"s3": "s3fs", "s3a": "s3fs", "http": "aiohttp requests", "https": "a
 _IDENTITIES = ("ETag", "etag", "md5Hash", "generation", "content_md5", "Last-Modified", "LastModified", "mtime")
 
 
+@functools.cache
+def _web_settings() -> dict[str, Any]:
+    """The same object each time: fsspec keeps a file system for ever for each settings that it is given."""
+    import aiohttp
+
+    redirects = aiohttp.TraceConfig()
+    redirects.on_request_redirect.append(_judge_redirect)
+    # aiohttp's own limit is 5 minutes a file, however fast it comes; ours is by speed. Proxies as usual.
+    return {"timeout": aiohttp.ClientTimeout(total=None), "trust_env": True, "trace_configs": [redirects]}
+
+
 def filesystem(url: str) -> tuple[Any, str]:
     """Returns fsspec's (file system, path in it) for a URL. Raises ValueError where its library is missing."""
     scheme = urlsplit(url).scheme
@@ -29,14 +41,7 @@ def filesystem(url: str) -> tuple[Any, str]:
             # One stream a shard: parts side by side would hide how fast the bytes come.
             options["max_concurrency"] = 1
         elif scheme in ("http", "https"):
-            import aiohttp
-
-            # aiohttp's own limit is 5 minutes a file, however fast it comes; ours is by speed. Proxies as usual.
-            redirects = aiohttp.TraceConfig()
-            redirects.on_request_redirect.append(_judge_redirect)
-            options["client_kwargs"] = {
-                "timeout": aiohttp.ClientTimeout(total=None), "trust_env": True, "trace_configs": [redirects]
-            }  # fmt: skip
+            options["client_kwargs"] = _web_settings()
         return fsspec.url_to_fs(url, **options)  # pyright: ignore[reportReturnType]  # fsspec has no types
     except ImportError as error:
         packages = _INSTALL.get(scheme)

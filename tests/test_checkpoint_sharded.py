@@ -110,7 +110,7 @@ def run_ranks(folder: Path, world_size: int) -> None:
     ]
     try:
         for process in processes:
-            _, error = process.communicate(timeout=120)
+            _, error = process.communicate(timeout=600)
             assert process.returncode == 0, error
     finally:
         for process in processes:

@@ -47,8 +47,12 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_jsonl(run / "metrics.jsonl")]
 
 
+def newest_step(run: Path) -> int:
+    return max((checkpoint.step_of(path) for path in checkpoint.list_steps(run)), default=0)
+
+
 def has_step(run: Path, step: int) -> bool:
-    return any(checkpoint.step_of(path) >= step for path in checkpoint.list_steps(run))
+    return newest_step(run) >= step
 
 
 @pytest.fixture(autouse=True)
@@ -78,13 +82,14 @@ def test_kill_9_and_the_same_command_equals_no_interruption(uninterrupted: Path,
     torchrun.wait_for(lambda: has_step(run, 2), process)
     torchrun.kill_all(process)
     # Then one rank alone dies: the other says so and ends, and torchrun starts both again, without a hand.
+    begin = newest_step(run)
     process = torchrun.start(2, "train.py", *arguments(shards, run, STEPS), torchrun=("--max-restarts", "1"))
-    torchrun.wait_for(lambda: has_step(run, 4), process)
+    torchrun.wait_for(lambda: has_step(run, begin + 2), process)
     pid = torchrun.rank_pid(process, 1)
     os.kill(pid, signal.SIGKILL)
     output = torchrun.end(process)
     assert process.returncode == 0, output
-    assert re.search(rf"error: lost rank 1: its process {pid} died \(step \d, [a-z ]+\); the same command", output), (
+    assert re.search(rf"error: lost rank 1: its process {pid} died \(step \d+, [a-z ]+\); the same command", output), (
         output
     )
     assert same_bits(weights(run), weights(uninterrupted))
@@ -129,7 +134,7 @@ def test_kill_9_at_random_moments(shards: Path, tmp_path: Path) -> None:
     num_kills = during_save = 0
     while num_kills < 20:
         process = torchrun.start(2, "train.py", *arguments(shards, run, steps))
-        begin = max((checkpoint.step_of(path) for path in checkpoint.list_steps(run)), default=0)
+        begin = newest_step(run)
         folder = run / checkpoint.FOLDER
         left_over = frozenset(folder.glob(f"*{checkpoint.PARTIAL}"))
 
@@ -248,8 +253,8 @@ def test_a_rank_that_dies_or_stops_ends_the_others(
     assert len(said) == 1, output
     assert said[0].startswith(f"error: lost rank {rank}: {why}"), output
     assert str(pid) in said[0]
-    # As documented, and some for a machine that does much else.
-    assert took_s < (5 if sign == signal.SIGKILL else 6 + 5) + 20, took_s
+    # As documented, and some for a machine that does much else; a collective alone would wait for days.
+    assert took_s < (5 if sign == signal.SIGKILL else 6 + 5) + 60, took_s
 
 
 @pytest.mark.slow

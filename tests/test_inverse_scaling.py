@@ -333,7 +333,8 @@ def killed_when(path: Path, out: Path, there: Callable[[], bool]) -> None:
 
 @pytest.mark.slow
 def test_a_queue_killed_again_and_again_ends_as_one_that_was_left_alone(tmp_path: Path, shards: Path) -> None:
-    path = write_sweep(tmp_path, data=shards)
+    # So long that the first kill, which may come late on a loaded machine, comes while it trains.
+    path = write_sweep(tmp_path, data=shards, **{"steps = 40": "steps = 120"})
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert start(path, whole).wait() == 0, (tmp_path / "whole.log").read_text()
     first, second = (point.name for point in load(path).points)

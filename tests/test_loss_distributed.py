@@ -27,7 +27,7 @@ def run(folder: Path, world: int) -> list[Results]:
     commands = [[sys.executable, "-W", "error", script, str(rank), str(world), str(folder)] for rank in range(world)]
     started = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for command in commands]
     try:
-        errors = [process.communicate(timeout=120)[1] for process in started]
+        errors = [process.communicate(timeout=600)[1] for process in started]
     finally:
         for process in started:
             process.kill()

@@ -57,7 +57,7 @@ def test_every_recipe_of_the_repository_loads() -> None:
         ('style = "noto"\n', "", 'key "styles[0].style" is missing'),
         ("[labels]", "[[labels]]", "must be a table"),
         ('source = "emoji"', 'source = "emoij"', 'source = "emoij" is unknown; choose one of: emoji, web'),
-        ('source = "emoji"', "", "source is missing; choose one of: emoji, web"),
+        ('source = "emoji"', "", "source is missing; choose one of: emoji, web, or"),
         ('source = "emoji"', 'source = ["emoji"]', 'source = ["emoji"] is unknown'),
         ("seed = 0", "seed = ", "not valid TOML"),
     ],
@@ -119,9 +119,45 @@ def test_a_subset_extends_a_recipe_by_one_key(tmp_path: Path) -> None:
     (tmp_path / "b.toml").write_text('extends = "a.toml"\n')
     with pytest.raises(ValueError, match="recipes extend one another"):
         load(tmp_path / "a.toml")
+    (tmp_path / "a.toml").write_text('extends = "laion400m"\n')
+    with pytest.raises(ValueError, match=rf"laion400m: no such recipe file; {tmp_path}/a.toml extends it"):
+        load(tmp_path / "a.toml")
     (tmp_path / "a.toml").write_text("extends = 3\n")
     with pytest.raises(ValueError, match="it must be the name of a recipe file"):
         load(tmp_path / "a.toml")
+
+
+def test_columns_of_an_extended_recipe_stay_but_for_those_that_are_named_anew(tmp_path: Path) -> None:
+    written(tmp_path / "whole.toml", '[columns]\nurl = "URL"\ncaption = "TEXT"\nface_boxes = "boxes"')
+    (tmp_path / "part.toml").write_text('extends = "whole.toml"\ncolumns = { caption = "alt", face_boxes = [] }\n')
+    part = load(tmp_path / "part.toml")
+    assert isinstance(part, WebRecipe)
+    assert part.columns == {"url": ("URL",), "caption": ("alt",)}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("part", 'extend = "whole.toml"\nrows = 5', 'unknown key "extend"; did you mean "extends"?'),
+        ("part", 'extand = "whole.toml"', 'unknown key "extand"; did you mean "extends"?'),
+        ("part", 'sorce = "web"\nmetadata = "ask"', 'unknown key "sorce"; did you mean "source"?'),
+        ("part", 'extends = "whole.toml"\nrow = 5', 'unknown key "row"; did you mean "rows"?'),
+        ("part", "rows = 5", "source is missing; choose one of: emoji, web, or name a recipe by `extends`"),
+        ("part", 'extends = "whole.toml"\nseed = 5', 'unknown key "seed"; did you mean "save"?'),
+        ("whole", 'sorce = "web"\nmetadata = "ask"\nlicense = "none"', 'unknown key "sorce"; did you mean "source"?'),
+    ],
+)
+def test_a_misspelt_key_is_named_before_anything_is_missed_for_want_of_it(
+    tmp_path: Path, name: str, text: str, said: str
+) -> None:
+    written(tmp_path / "whole.toml", "")
+    (tmp_path / "part.toml").write_text('extends = "whole.toml"\n')
+    (tmp_path / f"{name}.toml").write_text(text)
+    with pytest.raises(ValueError, match=r"key|source is missing") as caught:
+        load(tmp_path / "part.toml")
+    # Of the file that holds it.
+    assert str(caught.value).startswith(f"{tmp_path / name}.toml: {said}")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 
 from pipeline.ingest.duplicates import Seen
 from pipeline.ingest.expression import Filter
-from pipeline.ingest.select import Plan, describe_files, list_path, read_plan, select
+from pipeline.ingest.metadata import describe_files
+from pipeline.ingest.recipe import load
+from pipeline.ingest.select import select
 from pipeline.ingest.web_recipe import WebRecipe
+from pipeline.ingest.work_lists import Plan, list_path, read_plan
 
 COLUMNS = {"a": [1, 2, None, 4, 5], "b": [5.0, 4.0, 3.0, 2.0, 1.0], "s": ["x", "y", "x", None, "zz"]}
 
@@ -138,6 +141,16 @@ def test_seen_forgets_when_it_is_full_and_never_takes_a_new_string_for_an_old_on
     assert again.mean() > 0.9
 
 
+@pytest.mark.parametrize(("share", "missed"), [(0.3, 0.002), (0.6, 0.03), (0.9, 0.12)])
+def test_seen_misses_few_repetitions_while_it_fills(share: float, missed: float) -> None:
+    """Poisson's 0.04, 2 and 10 % of buckets that overflow, and some spread of so small a table."""
+    capacity = 1 << 14
+    seen, strings = Seen(capacity), pa.array([f"http://a/{i}" for i in range(int(share * capacity))])
+    assert not seen.repeated(strings).any()
+    # Asked in one go: what is found missing is remembered after.
+    assert 1 - seen.repeated(strings).mean() < missed
+
+
 # Rows
 
 
@@ -189,6 +202,40 @@ def test_columns_are_found_by_any_of_their_names(tmp_path: Path) -> None:
     assert selected(tmp_path)[1] == [{"row": 0, "url": "http://a/1", "caption": "t", "wide": 5.0, "status": None}]
 
 
+SCORES = {"similarity": [0.35, 0.1], "punsafe": [0.1, 0.1], "pwatermark": [0.2, 0.2]}
+DATACOMP = {
+    "uid": ["a", "b"], "text": ["some words", "x"], "original_width": [300, 300], "original_height": [200, 200],
+    "clip_l14_similarity_score": [0.3, 0.2], "sha256": ["00", "11"], "face_bboxes": [[], [[0.1, 0.1, 0.2, 0.2]]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "taken"),
+    [
+        ("laion400m", {"url": None, "caption": ["t", "u"], "NSFW": ["UNLIKELY"] * 2, **SCORES}, 1),
+        ("laion400m", {"URL": None, "TEXT": ["t", "u"], "NSFW": ["UNLIKELY"] * 2, **SCORES}, 1),
+        ("laion2b-en", {"url": None, "caption": ["t", "u"], "width": [9, 9], "key": ["0", "1"], **SCORES}, 1),
+        ("datacomp-1b", {"url": None, **DATACOMP}, 2),
+        ("datacomp-small", {"url": None, **DATACOMP}, 1),
+        (
+            "coyo-700m",
+            {"url": None, "text": ["t", "u"], "clip_similarity_vitb32": [0.3, 0.1], "watermark_score": [0.1, 0.1],
+             "nsfw_score_opennsfw2": [0.1, 0.1], "aesthetic_score_laion_v2": [5.0, 5.0]},
+            1,
+        ),
+    ],
+)  # fmt: skip
+def test_the_recipes_of_the_repository_take_the_columns_that_their_sets_are_known_to_have(
+    tmp_path: Path, name: str, columns: dict[str, Any], taken: int
+) -> None:
+    urls = ["http://a/1", "http://a/2"]
+    table = pa.table({name: urls if values is None else values for name, values in columns.items()})
+    pq.write_table(table, tmp_path / "m.parquet")
+    chosen = load(Path(__file__).parents[1] / "datasets" / f"{name}.toml")
+    assert isinstance(chosen, WebRecipe)
+    assert select(chosen, [tmp_path / "m.parquet"], tmp_path).rows == taken
+
+
 def test_tab_separated_files_without_names_are_read(tmp_path: Path) -> None:
     (tmp_path / "m.tsv").write_text('http://a/1\tit is 5" wide\nhttp://a/2\t"quoted" it\'s\n')
     select(recipe(header=("url", "caption")), [tmp_path], tmp_path)
@@ -198,12 +245,30 @@ def test_tab_separated_files_without_names_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"filter": "similarity > 0.3"}, 'no column "similarity" for similarity; they have: url, caption, number'),
-        ({"columns": {"url": ("link", "href")}}, 'no column "link" or "href" for url'),
-        ({"hash_kind": "md5"}, 'no column "hash" for hash'),
+        (
+            {"filter": "similarity > 0.3"},
+            'no column "similarity" (filter asks for it); they have: url, caption, number. In the recipe, say what '
+            'they call it: columns = { similarity = ["ITS NAME"] }; or do without similarity there',
+        ),
+        (
+            {"filter": "similarity > 0.3 and nsfw == 'x'", "save": ("similarity", "NUMBERS"),
+             "columns": {"nsfw": ("nsfw", "NSFW")}},
+            'no column "similarity" (filter and save ask for it), nor "NUMBERS" (save asks for it), '
+            'nor "nsfw" or "NSFW" for nsfw (filter asks for it); they have: url, caption, number. In the recipe, say '
+            'what they call it: columns = { similarity = ["ITS NAME"], NUMBERS = ["number"], nsfw = ["ITS NAME"] }; '
+            "or do without similarity, NUMBERS, nsfw there",
+        ),
+        (
+            {"columns": {"url": ("link", "href")}},
+            'no column "link" or "href" for url (every recipe needs it); they have: url, caption, number. In the '
+            'recipe, say what they call it: columns = { url = ["url"] }',
+        ),
+        ({"hash_kind": "md5"}, 'no column "hash" (hash_kind asks for it)'),
+        ({"columns": {"face_boxes": ("boxes",)}}, 'no column "boxes" for face_boxes (columns asks for it)'),
         ({"filter": "number == 'a'"}, "does not fit the columns"),
+        ({"filter": "number > 9"}, 'of 3 rows none passes filter = "number > 9"; loosen it'),
     ],
-)
+)  # fmt: skip
 def test_metadata_that_do_not_fit_the_recipe_are_refused(tmp_path: Path, changes: Any, said: str) -> None:
     path = metadata(tmp_path / "m.parquet", 3)
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the message is checked below

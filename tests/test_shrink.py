@@ -497,7 +497,7 @@ def end(call: Sequence[str], out: Path, how: signal.Signals) -> tuple[int, str]:
     """Runs a command until another shard is done, ends it, and returns its exit status and what it said."""
     before = len(list(out.glob("*.parquet")))
     with subprocess.Popen(call, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while len(list(out.glob("*.parquet"))) == before and time.monotonic() < deadline:
             time.sleep(0.01)
         if how == signal.SIGINT:

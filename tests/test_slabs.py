@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import CrowdServer
 from test_loader import TENSORS, damage, new_loader, same
 
 from pipeline.index import Index, open_index
@@ -50,7 +51,7 @@ def workers_of(parent: int) -> list[int]:
 def stat(process: int) -> list[str]:
     """State, parent and so on of a process; empty where it has ended."""
     try:
-        words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        words = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return []
     return [] if words[0] in "ZX" else words
@@ -71,6 +72,15 @@ def memory_files(processes: str = "[0-9]*") -> set[int]:
         except OSError:
             continue
     return found
+
+
+def is_open(path: Path) -> bool:
+    """Whether any process that we may look into holds a file open."""
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(descriptor) == str(path):
+                return True
+    return False
 
 
 def eventually(holds: Callable[[], bool], seconds: float = 120) -> bool:
@@ -294,8 +304,7 @@ def served(tmp_path: Path, shards: Path) -> Iterator[str]:
     """URL of the shards, on a web server."""
     folder = tmp_path / "served"
     shutil.copytree(shards, folder, ignore=shutil.ignore_patterns("*.parquet"))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=str(folder)))
-    server.daemon_threads = True
+    server = CrowdServer(("127.0.0.1", 0), functools.partial(Silent, directory=str(folder)))
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -360,8 +369,9 @@ def kill_and_resume(shards: Path, scratch: Path, kills: int) -> None:
             process.kill()
         assert eventually(lambda workers=workers: not any(map(stat, workers))), "workers outlive their parent"
         assert not files & memory_files()
-    # Others on this machine may use it meanwhile, under names of their own.
-    assert not [name for name in set(os.listdir("/dev/shm")) - set(listed) if "shortclip" in name or "psm_" in name]
+    # Others on this machine may use it meanwhile, under names of their own or while they run.
+    left = [name for name in set(os.listdir("/dev/shm")) - set(listed) if "shortclip" in name or "psm_" in name]
+    assert not [name for name in left if not is_open(Path("/dev/shm") / name)]
     assert list(scratch.iterdir()) == []
 
 

@@ -5,10 +5,12 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -176,14 +178,16 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_shards_and_tra
     folder_of_pictures(tmp_path / "pictures")
     command = [sys.executable, str(ROOT / "ingest.py"), "folder", str(tmp_path / "pictures"), "--samples-per-shard",
                "40", "--workers", "2", "--shrink", "64", "--out"]  # fmt: skip
+    begin = time.monotonic()
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    whole_s = time.monotonic() - begin
     rng, killed, out = random.Random(5), 0, tmp_path / "out"
     for _ in range(6):
         process = subprocess.Popen(
             [*command, str(out)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            process.wait(rng.uniform(0.5, 6))
+            process.wait(rng.uniform(0.1, 0.6) * whole_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             killed += 1
@@ -490,6 +494,41 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return error[-1]
 
 
+def test_where_nothing_is_kept_the_commonest_reason_is_an_error_with_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "p", tmp_path / "out"
+    write(source / "0.jpg", jpeg(0))
+    write(source / "1.jpg", jpeg(1))
+    command = ("folder", source, "--out", out, "--workers", "1")
+    for _ in range(2):
+        said = refused(capsys, *command)
+        assert "nothing was kept: of all 2 rows it is `no caption`; put each caption into the .txt file" in said
+    table = source / "lists" / "captions.csv"
+    write(table, "path,caption\n../0.jpg,one\n../1.jpg,two\n")
+    said = refused(capsys, *command)
+    assert said.endswith(f"{table} lies there: if it holds the captions, delete {out} and add --metadata {table}")
+    # What it says, works.
+    shutil.rmtree(out)
+    ingest.main([*map(str, command), "--metadata", str(table)])
+    assert "2 pairs in 1 shards" in capsys.readouterr().out
+
+
+def test_a_table_that_no_flag_names_is_pointed_at_where_folders_give_their_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "p" / "cats" / "0.jpg", jpeg(0))
+    write(tmp_path / "p" / "captions.csv", "path,caption\ncats/0.jpg,one\n")
+    own.make(tmp_path / "p", tmp_path / "out", FOLDER, 1)
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said.startswith(f"note: no picture has a caption file, and {tmp_path / 'p' / 'captions.csv'} lies there")
+    # Not where captions stand beside the pictures, nor where the table is named.
+    write(tmp_path / "p" / "cats" / "0.txt", "a cat")
+    own.make(tmp_path / "p", tmp_path / "beside", FOLDER, 1)
+    own.make(tmp_path / "p", tmp_path / "table", own.Options("folder", table=tmp_path / "p" / "captions.csv"), 1)
+    assert "note" not in capsys.readouterr().err
+
+
 def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out, other = tmp_path / "source", tmp_path / "out", tmp_path / "other"
     write(source / "a" / "0.jpg", jpeg(0))
@@ -508,7 +547,8 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, capsys: pytest.Ca
         (("folder", source, "--out", out, "--samples-per-shard", "0"), "--samples-per-shard 0 is outside"),
         (("folder", source, "--out", out, "--metadata", source / "no.csv"), "no such file"),
         (("folder", source, "--out", out, "--metadata", source / "table.csv", "--path-column", "file"),
-         'no column "file" for path; they have: path, caption. Name them with --path-column'),
+         'no column "file" for path (--path-column); they have: path, caption. Say what the table calls it: '
+         "--path-column"),
         (("folder", source, "--out", out, "--metadata", source / "table.csv"), "none of its first 2 files is there"),
         (("shards", tmp_path / "nothing", "--out", out), "no .tar shards in it; give the folder"),
         (("shards", source, "--out", out), f"but pictures: python ingest.py folder {source} --out DIR"),

@@ -43,7 +43,8 @@ def test_a_process_of_its_own_knows_no_peak_before(monkeypatch: pytest.MonkeyPat
     torch.ones(256 << 20, dtype=torch.uint8)
     assert peak_bytes() > 256 << 20
     found = in_own_process(held_and_left, 64 << 20, 32 << 20)
-    assert 96 << 20 <= found < 128 << 20
+    # What is held and what was left, less what the kernel counts late and what had been freed before: some MiB.
+    assert 90 << 20 <= found < 128 << 20
     with pytest.raises(ValueError, match="RuntimeError: it could not"):
         in_own_process(dies)
 

@@ -15,7 +15,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from conftest import write_tar
+from conftest import CrowdServer, write_tar
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import transfer
@@ -101,8 +101,7 @@ def web(tmp_path: Path, shards: Path) -> Iterator[tuple[str, type[Faults], Path]
     folder = tmp_path / "served"
     shutil.copytree(shards, folder, ignore=shutil.ignore_patterns("*.parquet"))
     handler = type("Handler", (Faults,), {"faults": {}, "gets": [], "redirects": {}})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
-    server.daemon_threads = True
+    server = CrowdServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}", handler, folder
     server.shutdown()
@@ -326,7 +325,7 @@ def test_a_loader_gives_the_batches_of_the_folder_bit_for_bit(
 
 def test_a_store_that_stays_away_is_asked_as_often_as_one_read_asks(web: tuple[str, type[Faults], Path]) -> None:
     url, handler, _ = web
-    index = open_index([f"{url}/{{00000..00005}}.tar"], limits=quick(first_wait_s=0.1))
+    index = open_index([f"{url}/{{00000..00005}}.tar"], limits=quick(first_wait_s=0.3))
     forget(index)
     handler.gets.clear()
     handler.faults |= {f"/{i:05d}.tar": ("503", -1) for i in range(6)}
@@ -633,3 +632,9 @@ def broken(web: tuple[str, type[Faults], Path], source: str) -> None:
     os.utime(folder / "w00.tar", (1e9, 1e9))
     handler.faults["/w00.tar"] = ("503", -1)
     open_index([source], limits=quick(), workers=2)
+
+
+def test_one_file_system_serves_all_fetches_of_a_web_store() -> None:
+    """fsspec keeps every one that it makes, with its connections, for as long as the process lives."""
+    one, other = (transfer.filesystem(f"http://127.0.0.1:9/{name}.tar")[0] for name in "ab")
+    assert one is other

@@ -44,6 +44,8 @@ def same_weights(one: Path, other: Path) -> bool:
 
 LONG = 30
 """Steps of a run that is to be stopped on its way: what stops it may come late on a loaded machine."""
+PATIENCE_S = 600
+"""For a process that takes some seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +97,14 @@ def test_kill_9_and_the_same_command_equals_no_interruption(long: Path, shards: 
     command = [sys.executable, str(ROOT / "train.py"), *arguments(shards, run, LONG)]
     for wanted in (3, 9):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE_S
         while not any(checkpoint.step_of(path) >= wanted for path in checkpoint.list_steps(run)):
             assert time.monotonic() < deadline, "no checkpoint came"
             assert process.poll() is None, "it finished before it could be killed"
             time.sleep(0.001)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE_S)
     assert same_weights(run, long)
     assert ledger(run) == ledger(long)
 
@@ -129,10 +131,10 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(long: Path, shards: Path, tmp_
                 process.send_signal(signal.SIGINT)
                 break
         rest = process.stdout.read()
-        assert process.wait(timeout=240) == train.INTERRUPTED, rest
+        assert process.wait(timeout=PATIENCE_S) == train.INTERRUPTED, rest
     assert "the same command goes on from checkpoint" in rest
     assert "Traceback" not in rest
-    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE_S)
     assert same_weights(run, long)
 
 
@@ -148,7 +150,7 @@ def test_a_damaged_checkpoint_is_passed_over(finished: Path, shards: Path, tmp_p
         [sys.executable, str(ROOT / "train.py"), *arguments(shards, run, 8)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0
     assert "passed over a damaged checkpoint" in done.stderr
@@ -239,7 +241,7 @@ def test_a_full_disk_keeps_the_older_checkpoint(finished: Path, shards: Path, tm
              "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
              "import train; sys.exit(train.main(sys.argv[1:]))"  # fmt: skip
     command = [sys.executable, "-c", script, *arguments(shards, run, 12)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr

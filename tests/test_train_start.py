@@ -38,7 +38,7 @@ def start(*command: str, options: tuple[str, ...] = (), **environment: str) -> "
         [sys.executable, *options, str(ROOT / "train.py"), *command],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "COLUMNS": "200", **environment},
     )
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PATIENCE_S = 240
-"""For a machine that does much else: a run of these takes some seconds."""
+PATIENCE_S = 600
+"""For a machine that does much else: a run of these takes some seconds, with a compiler some more."""
 
 
 _STARTED: "list[subprocess.Popen[str]]" = []
@@ -52,7 +52,8 @@ def run(world_size: int, *arguments: str, torchrun: tuple[str, ...] = (), **env:
 def wait_for(there: Callable[[], object], process: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not there():
-        assert process.poll() is None, f"it ended before that:\n{process.communicate()[0]}"
+        # Once more: it may have come to that and ended since.
+        assert process.poll() is None or there(), f"it ended before that:\n{process.communicate()[0]}"
         assert time.monotonic() < deadline, "it did not come to that"
         time.sleep(0.005)
 
@@ -62,11 +63,15 @@ def _children(parent: int) -> dict[int, list[bytes]]:
     found: dict[int, list[bytes]] = {}
     for task in Path("/proc").glob("[0-9]*"):
         try:
-            if int((task / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+            if int((task / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]) == parent:
                 found[int(task.name)] = (task / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
     return found
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def rank_pid(process: "subprocess.Popen[str]", rank: int) -> int:
@@ -76,9 +81,14 @@ def rank_pid(process: "subprocess.Popen[str]", rank: int) -> int:
 
 def kill_all(process: "subprocess.Popen[str]") -> None:
     """kill -9 on torchrun and on every rank, as a machine that loses its power."""
-    for pid in (process.pid, *_children(process.pid)):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    if process.poll() is None:
+        # Stopped, it starts no rank that would not be found below.
+        process.send_signal(signal.SIGSTOP)
+        while _state(process.pid) not in ("T", "Z"):
+            time.sleep(0.001)
+        for pid in (*_children(process.pid), process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     process.communicate()
 
 

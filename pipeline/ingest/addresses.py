@@ -47,6 +47,13 @@ def is_allowed(address: str, allow_loopback: bool = False) -> bool:
     return parsed.is_global and not special
 
 
+def is_web_port(port: int, is_tunnel: bool, allow_loopback: bool = False) -> bool:
+    """Whether a port is one of the web's: to ports of mail and the like, even a GET may be a command."""
+    if is_tunnel:
+        return port == 443 or (allow_loopback and port >= 1024)
+    return port == 80 or port >= 1024
+
+
 def lookup(host: str) -> list[str]:
     """Returns a host's addresses in the system's order; the odd spellings of IPv4 (0x7f.1) are read as it reads them.
 

@@ -73,8 +73,8 @@ def _run_ray(
         settings = {"num_cpus": workers, "object_store_memory": _RAY_OBJECT_STORE_BYTES, "include_dashboard": False}
     try:
         ray.init(logging_level=logging.ERROR, **settings)
-    except (ConnectionError, RuntimeError) as error:
-        raise ValueError(f"Ray does not start: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a node that is slow to start is a bare Exception
+        raise ValueError(f"Ray does not start: {(str(error) or repr(error)).splitlines()[0]}") from None
     try:
         limit = workers or max(int(ray.cluster_resources().get("CPU", 1)), 1)
         remote = ray.remote(task)

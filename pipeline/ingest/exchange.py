@@ -7,20 +7,19 @@ the source is not read while its piece cannot be sent.
 
 import asyncio
 import contextlib
-import errno
 import socket
 from collections.abc import Callable
 
-from .addresses import Resolver
+from .addresses import Resolver, is_web_port
+from .answer import Answer, TooLarge
 from .bounds import End, Limits, Turns
-from .messages import Refused, Request, Response, head_bytes, read_request, read_response
+from .messages import Refused, Request, head_bytes, read_request
+from .reach import Reach, is_own
 
 RELAYED = "relayed"
 
 _PIECE_BYTES = 64 << 10
-_HANDSHAKE_BYTES = 64 << 10
 _UPWARD_BYTES = 64 << 10
-_ADDRESSES_TRIED = 4
 _SPOILT = bytes(17 << 10)
 """More than a TLS record (16.3 KiB), so that the one under way, or the next, is complete and false."""
 
@@ -28,21 +27,12 @@ _SPOILT = bytes(17 << 10)
 class Exchange:
     """A client's connection, from its first byte to its close. `ended` is called once, with the exchange."""
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        limits: Limits,
-        resolver: Resolver,
-        turns: Turns,
-        client: socket.socket,
-        ended: Callable[["Exchange"], None],
-    ) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits, resolver: Resolver, turns: Turns,
+                 client: socket.socket, ended: Callable[["Exchange"], None]) -> None:  # fmt: skip
         self.reason = ""
         """How it ended; "" while it goes on."""
         self.target = ""
         """The URL, or host:port of a tunnel."""
-        self.body_bytes = 0
-        """Of the answer's body, or down a tunnel."""
         self.started_s = self._active_s = loop.time()
         self.is_tunnel = False
         self._loop = loop
@@ -53,22 +43,32 @@ class Exchange:
         self._client = End(loop, client, self._from_client)
         self._server: End | None = None
         self._read = bytearray()
-        """What has come of a head."""
-        self._early_bytes = 0
-        """Of heads that announced another."""
+        """What has come of the request's head."""
         self._upward_bytes = 0
         self._request: Request | None = None
-        self._addresses: list[str] = []
-        self._response: Response | None = None
+        self._reach: Reach | None = None
+        """There is one until the server's connection is."""
+        self._answer: Answer | None = None
+        """There is one from then on."""
         self._has_turn = False
-        self._is_open = False
-        """A tunnel that is through."""
         self._cut = ""
         """Why a tunnel is being cut."""
-        self._last = False
-        """All has been read that there is; the client has yet to get it."""
-        self._tail = b""
         self._client.listen()
+
+    @property
+    def body_bytes(self) -> int:
+        """Of the answer's body, or down a tunnel."""
+        return self._answer.body_bytes if self._answer else 0
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether it is a tunnel that is through."""
+        return self.is_tunnel and self._answer is not None
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether the client has some of an answer already, so that it cannot be given another."""
+        return self._answer is not None and self._answer.has_begun
 
     # From the client
 
@@ -80,8 +80,8 @@ class Exchange:
         except OSError:
             data = b""
         if not data:
-            whole = self._is_open or self._tail.endswith(b"0\r\n\r\n")
-            self._end(self._cut or (RELAYED if whole else "client left"), reset=True)
+            enough = self._is_open or (self._answer is not None and self._answer.has_last_chunk)
+            self._end(self._cut or (RELAYED if enough else "client left"), reset=True)
         elif self._request is None:
             searched = len(self._read)
             self._read += data
@@ -103,7 +103,7 @@ class Exchange:
             self.target = head.split(None, 2)[1].decode("latin-1")
             self._request = read_request(head)
             self.is_tunnel = self._request.is_tunnel
-            if not _may_use(self._request, self._limits.allow_loopback):
+            if not is_web_port(self._request.port, self.is_tunnel, self._limits.allow_loopback):
                 raise Refused(403, "port not allowed")
         except Refused as refused:
             self._refuse(refused)
@@ -130,56 +130,33 @@ class Exchange:
         elif not found.result():
             self._refuse(Refused(403, "private address"))
         else:
-            self._addresses = found.result()[:_ADDRESSES_TRIED]
+            assert self._request is not None
+            self._reach = Reach(self._loop, found.result(), self._request.port, self._connected, self._connect)
             self._connect()
 
     def _connect(self) -> None:
         """Tries the next address."""
-        assert self._request is not None
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-        while self._addresses:
-            address, *self._addresses = self._addresses
-            sock = None
-            try:
-                sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
-                sock.setblocking(False)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                code = sock.connect_ex((address, self._request.port))
-            except OSError as error:
-                code = error.errno
-            if sock is not None and code in (0, errno.EINPROGRESS):
-                self._active_s = self._loop.time()
-                self._server = End(self._loop, sock, self._from_server)
-                self._server.when_writable(self._connected)
-                return
-            if sock is not None:
-                sock.close()
-        self._refuse(Refused(502, "cannot connect"))
-
-    def _connected(self) -> None:
-        assert self._server is not None
-        assert self._request is not None
-        sock = self._server.socket
-        self._server.wrote()
-        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self._connect()
-            return
+        assert self._reach is not None
         self._active_s = self._loop.time()
-        self._addresses = []
+        if not self._reach.next():
+            self._refuse(Refused(502, "cannot connect"))
+
+    def _connected(self, sock: socket.socket) -> None:
+        assert self._request is not None
+        self._active_s, self._reach = self._loop.time(), None
+        self._server = End(self._loop, sock, self._from_server)
         # A public address of this very machine leads to what listens here.
         try:
-            is_own = sock.getsockname()[0] == sock.getpeername()[0]
+            is_refused = is_own(sock) and not self._limits.allow_loopback
         except OSError:
             self._refuse(Refused(502, "cannot connect"))
             return
-        if is_own and not self._limits.allow_loopback:
+        if is_refused:
             self._refuse(Refused(403, "private address"))
             return
         self._server.listen()
-        if self._request.is_tunnel:
-            self._is_open = True
+        self._answer = Answer(self._limits, self._request.is_head, self.is_tunnel)
+        if self.is_tunnel:
             self._down(b"HTTP/1.1 200 Connection established\r\n\r\n")
         else:
             self._up(self._request.head)
@@ -205,61 +182,26 @@ class Exchange:
             self._broken()
             return
         self._active_s = self._loop.time()
+        assert self._answer is not None
         if not data:
             self._server_closed()
-        elif self._response is not None or self._is_open:
-            self._body(b"", data)
-        else:
-            searched = len(self._read)
-            self._read += data
-            self._answer(searched)
-
-    def _answer(self, searched: int) -> None:
-        assert self._request is not None
+            return
         try:
-            while length := head_bytes(self._read, searched):
-                if length + self._early_bytes > self._limits.header_bytes:
-                    break
-                head = bytes(self._read[:length])
-                del self._read[:length]
-                response = read_response(head, self._request.is_head)
-                if response is None:
-                    self._early_bytes += length
-                    searched = 0
-                    continue
-                if (response.body_bytes or 0) > self._limits.max_bytes:
-                    raise Refused(413, "too large")
-                self._response = response
-                rest = bytes(self._read)
-                self._read.clear()
-                self._body(response.head, rest)
-                return
-            if len(self._read) + self._early_bytes > self._limits.header_bytes:
-                raise Refused(502, "header too large")
+            passed = self._answer.take(data)
         except Refused as refused:
             self._refuse(refused)
-
-    def _body(self, head: bytes, data: bytes) -> None:
-        """Hands on a piece."""
-        limit, response = self._limits.max_bytes, self._response
-        if response is None:
-            limit += _HANDSHAKE_BYTES
-        elif response.body_bytes is not None:
-            data = data[: response.body_bytes - self.body_bytes]
-        elif response.is_chunked:
-            self._tail = (self._tail + data[-5:])[-5:]
-        self.body_bytes += len(data)
-        if self.body_bytes > limit:
+        except TooLarge:
             self._cut_off("too large")
-            return
-        self._last = response is not None and response.body_bytes == self.body_bytes
-        self._down(head + data if head else data)
+        else:
+            if passed:
+                self._down(passed)
 
     def _down(self, data: bytes) -> None:
         assert self._server is not None
+        assert self._answer is not None
         try:
             if self._client.send(data, self._taken):
-                if self._last:
+                if self._answer.is_complete:
                     self._end(RELAYED)
             else:
                 self._server.deaf()
@@ -271,26 +213,22 @@ class Exchange:
         if self.reason:
             return
         self._active_s = self._loop.time()
-        if self._last or self._cut:
+        if self._cut or (self._answer is not None and self._answer.is_complete):
             self._end(self._cut or RELAYED)
         elif self._server is not None:
             self._server.listen()
 
     def _server_closed(self) -> None:
-        response = self._response
-        if self._is_open:
-            self._end(RELAYED)
-        elif response is None:
+        assert self._answer is not None
+        if not self._has_begun:
             self._refuse(Refused(502, "no answer"))
-        elif response.body_bytes is None and not response.is_chunked:
-            self._end(RELAYED)
         else:
-            # The client finds bytes missing, by length or by chunk.
-            self._end(RELAYED if self._tail.endswith(b"0\r\n\r\n") else "cut off")
+            # Of what is cut off, the client finds bytes missing, by length or by chunk.
+            self._end(RELAYED if self._answer.is_whole_if_closed else "cut off")
 
     def _broken(self) -> None:
         """The server's connection is."""
-        if self._response is None and not self._is_open:
+        if not self._has_begun:
             self._refuse(Refused(502, "no answer"))
         else:
             self._cut_off("cut off")
@@ -306,13 +244,13 @@ class Exchange:
             # A deadline that has passed is no reason not to let the client hear of it.
             if now_s - self._active_s > self._limits.timeout_s:
                 self._end(self._cut, reset=True)
-        elif self._addresses and not late:
+        elif self._reach is not None and self._reach.has_more and not late:
             self._connect()
         elif self._request is None:
             self._end("client left")
         elif not self._has_turn:
             self._refuse(Refused(503, "host busy"))
-        elif self._response is None and not self._is_open:
+        elif not self._has_begun:
             self._refuse(Refused(504, "too slow"))
         else:
             self._cut_off("too slow")
@@ -353,16 +291,11 @@ class Exchange:
             return
         self.reason = reason
         self._client.close(reset)
+        if self._reach is not None:
+            self._reach.close()
         if self._server is not None:
             self._server.close()
         if self._has_turn:
             assert self._request is not None
             self._turns.give_back(self._request.host)
         self._ended(self)
-
-
-def _may_use(request: Request, allow_loopback: bool) -> bool:
-    """Whether a port is one of the web's: to ports of mail and the like, even a GET may be a command."""
-    if request.is_tunnel:
-        return request.port == 443 or (allow_loopback and request.port >= 1024)
-    return request.port == 80 or request.port >= 1024

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from ..scan import MAX_PIXELS
 from .environment import Distributor
 from .proxy import environment as proxied
+from .staged import Staged
 
 GUARD = Path(__file__).with_name("guard.py")
 USER_AGENT = "shortclip"
@@ -54,6 +55,7 @@ class Proxy:
     """The filtering proxy as a process of its own, which ends with this one. A context manager."""
 
     def __init__(self, settings: Settings, log: Path) -> None:
+        log = log.resolve()  # it runs in another folder
         command = [sys.executable, "-m", f"{__package__}.proxy", "--port", "0", "--log", str(log)]
         for flag, value in (
             ("max-bytes", settings.max_bytes),
@@ -123,10 +125,11 @@ class Download:
 
     def __init__(self, python: Path, lists: Sequence[Path], folder: Path, settings: Settings, opt_out: Sequence[str],
                  proxy: Proxy, log: Path) -> None:  # fmt: skip
+        folder = folder.resolve()  # in which it runs
         self.lists = list(lists)
         """img2dataset numbers its shards as these stand here."""
         self.shards = folder / "shards"
-        self.staged_bytes = 0
+        self.staged = Staged(self.shards)
         """What has come and was not taken away, when `idle_s` last looked."""
         self._finished: set[int] = set()
         inputs = folder / "lists"
@@ -165,8 +168,8 @@ class Download:
     def idle_s(self) -> float:
         """Returns how long nothing came and nothing failed; while this process stood still itself does not count."""
         now = time.monotonic()
-        self.staged_bytes = sum(_size(path) for path in self.shards.glob("*.tar"))
-        activity = self._proxy.read_log() + self.staged_bytes
+        self.staged.look()
+        activity = self._proxy.read_log() + self.staged.tar_bytes
         self._idle_s = 0.0 if activity != self._activity else self._idle_s + min(now - self._looked, 1.0)
         self._activity, self._looked = activity, now
         return self._idle_s

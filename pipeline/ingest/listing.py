@@ -6,7 +6,7 @@ Nothing is decoded here. Of a folder its names are read, and the captions; of sh
 import mmap
 import os
 from collections import Counter
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from ..scan import JPEG_IMAGES, MAX_CAPTION_BYTES, OTHER_IMAGES, Group, members_by_key
 from .fetched import BLANKS, is_caption, open_file, read_json
-from .select import Source
+from .metadata import Source
 
 PICTURES = frozenset((*JPEG_IMAGES, *OTHER_IMAGES, "jpe", "jfif", "heic", "heif", "jxl", "jp2", "svg", "ico", "psd"))
 """Endings of a picture's name. Some cannot be read; they are counted then, not overlooked."""
@@ -44,6 +44,8 @@ class Listing:
     tables: Iterable[Any] = ()
     statuses: Counter[str] = field(default_factory=Counter[str])
     """Of rows whose picture will not be opened."""
+    beside: int = 0
+    """Pictures of a folder with a caption file of their name."""
     others: int = 0
     """Files that are neither picture nor caption by their names."""
     problems: dict[str, str] = field(default_factory=dict[str, str])
@@ -61,10 +63,16 @@ class Table:
     header: tuple[str, ...] = ()
     filter: str = ""
     needed: tuple[str, ...] = ("path", "caption")
-    advice: str = "Name them with --path-column and --caption-column"
 
     def candidates(self, name: str) -> tuple[str, ...]:
         return (self.path_column if name == "path" else self.caption_column,)
+
+    def asked_by(self, name: str) -> str:
+        return f"--{name}-column" if self.candidates(name) != (name,) else ""
+
+    def remedy(self, missing: Mapping[str, str | None]) -> str:
+        flags = " ".join(f"--{name}-column {near or 'ITS NAME'}" for name, near in missing.items())
+        return f"Say what the table calls it: {flags}"
 
 
 def holds_pictures(folder: Path) -> bool:
@@ -166,6 +174,7 @@ def _folder_rows(root: Path, listing: Listing) -> Generator[Row]:
             found = beside.get(os.path.splitext(name)[0], {})
             row = _caption(None, "no file of its name has one") if beside else _caption(_encoded(called))
             if found:
+                listing.beside += 1
                 row = _caption_beside(found)
             try:
                 path.encode()

@@ -6,6 +6,7 @@ refused; the number of workers changes no byte.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,16 +15,18 @@ from typing import Any, Literal
 from ..files import only_writer, write_text
 from ..scan import MIN_SIDE
 from .accept import Job, Rules, accept, finished
+from .advice import unread_table
 from .changed import changes
 from .engine import run
 from .fetched import Own
 from .listing import Listing, Table, holds_pictures, list_folder, list_shards, list_table
+from .metadata import describe_files
 from .passes import Passes, Summary, refuse_other_data, summarise
 from .picture import MAX_JPEG_SIDE
 from .progress import Progress
-from .select import Plan, describe_files, finish, list_path, write_lists
 from .shards import clear_left_overs
 from .shrink import find_shards
+from .work_lists import Plan, finish, list_path, write_lists
 
 LISTING = 1
 """Raise it when the same source would give other rows: folders of another number are not continued."""
@@ -80,7 +83,7 @@ def make(source: Path, out: Path, options: Options, workers: int) -> Summary:
         if passes.current is None:
             clear_left_overs(out)
             write_text(out / "recipe.json", json.dumps(origin, indent=1) + "\n")
-            passes.begin(partial(_plan, root=root, options=options, tars=tars))
+            passes.begin(partial(_plan, source=source, out=out, options=options, tars=tars))
         else:
             _refuse_changed(source, out, passes, own, _listing(root, options, tars))
             clear_left_overs(out)
@@ -142,12 +145,16 @@ def _refuse_changed(source: Path, out: Path, passes: Passes, own: Own, listing: 
         )
 
 
-def _plan(folder: Path, root: Path, options: Options, tars: list[Path]) -> Plan:
-    listing = _listing(root, options, tars)
+def _plan(folder: Path, source: Path, out: Path, options: Options, tars: list[Path]) -> Plan:
+    listing = _listing(source.resolve(), options, tars)
     num_lists, rows = write_lists(listing.tables, folder, 0, options.samples_per_shard)
     if not rows:
-        raise ValueError(f"{options.table or root}: no pictures in it")
+        raise ValueError(f"{options.table or source}: no pictures in it")
     statuses = {status: count for status, count in listing.statuses.items() if count}
+    # Before an hour of pictures is given the names of their folders as captions.
+    is_bare = options.kind == "folder" and options.table is None and not listing.beside
+    if is_bare and sum(statuses.values()) < rows and (note := unread_table(source, out)) is not None:
+        print(note, file=sys.stderr)
     plan = Plan(0, num_lists, rows, rows + listing.others, listing.others, statuses, listing.problems)
     finish(folder, plan)
     return plan

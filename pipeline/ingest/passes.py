@@ -15,7 +15,7 @@ from typing import Any
 from .accept import finished
 from .fates import RETRIED, SUCCESS
 from .recipe import differences
-from .select import Plan, list_path, read_plan
+from .work_lists import Plan, list_path, read_plan
 
 
 class Passes:
@@ -92,6 +92,11 @@ class Summary:
     """Of own shards: file -> what is wrong with it as a whole."""
 
     @property
+    def kept(self) -> int:
+        """Rows in a shard."""
+        return self.fates.get(SUCCESS, 0)
+
+    @property
     def retryable(self) -> int:
         return sum(number for fate, number in self.fates.items() if fate in RETRIED)
 
@@ -118,10 +123,10 @@ def summarise(out: Path, passes: Passes) -> Summary:
 
 def describe(summary: Summary, out: Path) -> str:
     """Returns the summary in words, a few lines."""
-    good = summary.fates.get(SUCCESS, 0)
+    good = summary.kept
     lines = [
-        f"{out}: {good:,} pairs in {summary.shards:,} shards, {summary.shard_bytes / 1e6:,.1f} MB "
-        f"(from {summary.downloaded_bytes / 1e6:,.1f} MB)",
+        f"{out}: {good:,} pairs in {summary.shards:,} shards, {summary.shard_bytes / 1e6:,.1f} MB, "
+        f"from {summary.downloaded_bytes / 1e6:,.1f} MB of picture files",
         f"{summary.rows:,} of {summary.rows_read:,} rows selected, {good / max(summary.rows, 1):.1%} of them kept",
     ]
     lost = [f"{number:,} {fate}" for fate, number in summary.fates.items() if fate != SUCCESS]

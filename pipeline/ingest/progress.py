@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from .accept import Report
 from .fates import SUCCESS
+from .staged import Staged
 
 JOURNAL_NAME = "progress.jsonl"
 _BEAT_S = 2.0
@@ -49,7 +50,11 @@ class Stretch:
 
 
 class Progress:
-    """One line: rows done of all, images and megabytes a second, the share that is kept, and the time left."""
+    """One line: rows done of all, images and megabytes a second, the share that is kept, and the time left.
+
+    Rows are done by the list, of up to 10,000; images and megabytes count from the moment that they have come, and how
+    many came for lists in work is said beside them.
+    """
 
     def __init__(self, rows: int, reports: Iterable[Report], work: Path, verb: str) -> None:
         done = list(reports)
@@ -59,6 +64,7 @@ class Progress:
         self._rows = initial
         self._kept = sum(report.fates.get(SUCCESS, 0) for report in done)
         self._images = self._bytes = 0
+        self._staged: Staged | None = None
         self._journal: IO[bytes] = (work / JOURNAL_NAME).open("ab")
         # What a killed run had begun to write must not spoil the next line.
         self._journal.write(b"\n" + _line(BEGINNING))
@@ -74,23 +80,30 @@ class Progress:
         moment = Moment(run_s, report.rows, kept, report.downloaded_bytes)
         self._journal.write(_line(moment))
         self._journal.flush()
-        self._show(0)
+        self._show()
         self._bar.update(report.rows)
 
-    def beat(self, staged_bytes: int) -> None:
-        """Keeps the line alive while no list is finished; staged_bytes: of the lists in work."""
+    def beat(self, staged: Staged) -> None:
+        """Keeps the line alive while no list is finished; staged: what has come for lists in work."""
+        self._staged = staged
         if time.monotonic() - self._shown > _BEAT_S:
-            self._show(staged_bytes)
+            self._show()
             self._bar.refresh()
 
-    def _show(self, staged_bytes: int) -> None:
+    def _show(self) -> None:
         self._shown = time.monotonic()
         seconds = max(self._shown - self._started, 1e-9)
-        self._bar.set_postfix_str(
-            f"{self._images / seconds:,.0f} images/s, {(self._bytes + staged_bytes) / seconds / 1e6:,.1f} MB/s, "
-            f"{self._kept / max(self._rows, 1):.1%} kept",
-            refresh=False,
-        )
+        images = num_bytes = 0
+        if self._staged is not None:
+            self._staged.look()
+            images, num_bytes = self._staged.images, self._staged.image_bytes
+        rate, megabytes = (self._images + images) / seconds, (self._bytes + num_bytes) / seconds / 1e6
+        parts = [f"{rate:,.0f} images/s, {megabytes:,.1f} MB/s"]
+        if self._rows:
+            parts.append(f"{self._kept / self._rows:.1%} kept")
+        if images:
+            parts.append(f"{images:,} images in work")
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
 
     def __enter__(self) -> "Progress":
         return self

@@ -9,7 +9,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -124,6 +124,7 @@ class EmojiRecipe:
 
 Recipe = EmojiRecipe | WebRecipe
 SOURCES: dict[str, type[Recipe]] = {"emoji": EmojiRecipe, "web": WebRecipe}
+EXTENDS = "extends"
 MAX_EXTENDED = 8
 
 
@@ -136,22 +137,44 @@ def load(path: Path) -> Recipe:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _read(path: Path, depth: int = 0) -> dict[str, Any]:
-    """Returns the table of a recipe file, over that of the one that it extends."""
+def _read(path: Path, depth: int = 0, extending: Path | None = None) -> dict[str, Any]:
+    """Returns the table of a recipe file, over that of the one that it extends; extending: the one that names it."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such recipe file; the recipes are in datasets/") from None
+        where = f"{extending} extends it, from its own folder" if extending else "the recipes are in datasets/"
+        raise ValueError(f"{path}: no such recipe file; {where}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as a recipe ({error})") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
-    if (base := table.pop("extends", None)) is None:
+    try:
+        # Before anything is missed for want of it: of a misspelt `extends` a whole recipe is.
+        _refuse_unknown(table, [*_keys(table), EXTENDS], "")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if (base := table.pop(EXTENDS, None)) is None:
         return table
     if not isinstance(base, str) or depth == MAX_EXTENDED:
         reason = "recipes extend one another" if isinstance(base, str) else "it must be the name of a recipe file"
         raise ValueError(f"{path}: extends = {_shown(base)}: {reason}")
-    return _read(path.parent / base, depth + 1) | table
+    return _over(_read(path.parent / base, depth + 1, path), table)
+
+
+def _over(base: dict[str, Any], table: dict[str, Any]) -> dict[str, Any]:
+    """Returns a recipe's table over that of the one that it extends, of `columns` entry by entry; [] drops one."""
+    made = base | table
+    below, above = base.get("columns"), table.get("columns")
+    if isinstance(below, dict) and isinstance(above, dict):
+        made["columns"] = {name: found for name, found in (below | above).items() if found != [] or name not in below}
+    return made
+
+
+def _keys(table: Mapping[str, Any]) -> list[str]:
+    """The keys that a recipe file may have: of its source, where it says which, else of any."""
+    source = table.get("source")
+    kinds = [SOURCES[source]] if isinstance(source, str) and source in SOURCES else list(SOURCES.values())
+    return list(dict.fromkeys(field.name for kind in kinds for field in fields(kind)))
 
 
 def record(recipe: Recipe) -> dict[str, Any]:
@@ -177,7 +200,8 @@ def _source(table: Mapping[str, Any]) -> type[Recipe]:
     source = table.get("source")
     if not isinstance(source, str) or source not in SOURCES:
         given = "is missing" if source is None else f"= {_shown(source)} is unknown"
-        raise ValueError(f"source {given}; choose one of: {', '.join(sorted(SOURCES))}")
+        other = f", or name a recipe by `{EXTENDS}`" if source is None else ""
+        raise ValueError(f"source {given}; choose one of: {', '.join(sorted(SOURCES))}{other}")
     return SOURCES[source]
 
 
@@ -185,15 +209,20 @@ def _build(kind: type[Kind], table: Mapping[str, Any], where: str) -> Kind:
     """Returns the dataclass `kind` from a TOML table; `where` is the table's own name with a dot, for messages."""
     hints = get_type_hints(kind)
     assert is_dataclass(kind)
-    for key in table:
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
-            advice = f'did you mean "{near[0]}"?' if near else f"the keys are: {', '.join(sorted(hints))}"
-            raise ValueError(f'unknown key "{where}{key}"; {advice}')
+    _refuse_unknown(table, hints, where)
     for field in fields(kind):
         if field.default is field.default_factory is MISSING and field.name not in table:
             raise ValueError(f'key "{where}{field.name}" is missing')
     return kind(**{key: _convert(hints[key], value, where + key) for key, value in table.items()})
+
+
+def _refuse_unknown(table: Mapping[str, Any], keys: Collection[str], where: str) -> None:
+    """Raises ValueError for a key that is none of `keys`, with the nearest of them."""
+    for key in table:
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+            advice = f'did you mean "{near[0]}"?' if near else f"the keys are: {', '.join(sorted(keys))}"
+            raise ValueError(f'unknown key "{where}{key}"; {advice}')
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:

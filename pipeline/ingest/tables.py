@@ -1,27 +1,38 @@
 """Statistics in, plain tables out: what `ingest.py report` and `ingest.py status` print."""
 
 import fcntl
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+
+import pyarrow.parquet as pq
 
 from ..table import format_table
 from .accept import Report, finished
 from .fates import RETRIED, SUCCESS
 from .passes import Passes
 from .progress import Stretch, merged, read_journal, stretches
-from .select import list_path
 from .statistics import OTHERS, Statistics, shard_parquets
+from .work_lists import list_path
 
 MAX_PLACES_SHOWN = 15
 MAX_STRETCHES = 10
+CHANGES = {
+    "kept": "with the bytes they came with",
+    "shrunk": "made smaller",
+    "turned": "turned upright",
+    "retouched": "of their size, grey made RGB or faces blurred",
+    "converted": "made JPEG of another kind of file",
+}
+"""Copy.change -> in words."""
 
 
 def report_text(found: Statistics, out: Path) -> str:
     """Returns the report on a folder as tables."""
     rows = found.rows
     head = (
-        f"{out}: {found.num_kept:,} of {rows:,} rows kept ({found.num_kept / rows:.1%}), "
-        f"in {found.shards:,} shards of {size(found.shard_bytes)} (from {size(found.downloaded_bytes)})"
+        f"{out}: {found.num_kept:,} of {rows:,} rows kept, that is, in a shard ({found.num_kept / rows:.1%}); "
+        f"{found.shards:,} shards, {size(found.shard_bytes)}, from {size(found.downloaded_bytes)} of picture files"
     )
     fates = [
         (fate, f"{number:,}", f"{number / rows:.1%}", "yes" if fate in RETRIED else "")
@@ -45,8 +56,8 @@ def report_text(found: Statistics, out: Path) -> str:
     ]
     if found.num_kept:
         parts.append(format_table(("of what was kept", "least", "10%", "median", "90%", "most"), spreads))
-        changed = ", ".join(f"{number:,} {change}" for change, number in found.changes.most_common())
-        parts.append(f"pictures: {changed}")
+        changed = ", ".join(f"{number:,} {CHANGES.get(name, name)}" for name, number in found.changes.most_common())
+        parts.append(f"pictures in the shards: {changed}")
     if found.time:
         passed = [
             (
@@ -77,22 +88,23 @@ def status_text(out: Path) -> str:
     Raises ValueError, in one line, where the folder is none of ingestion's.
     """
     passes = Passes(out / "_work")
-    reports: list[Report] = []
-    left = 0
     if passes.plans:
-        for plan in passes.plans:
-            reports += [report for list_id in plan.lists if (report := finished(list_path(out, list_id))) is not None]
-        left = sum(plan.rows for plan in passes.plans) - sum(report.rows for report in reports)
+        reports, left = _gathered(passes, out)
     else:
         reports = [report for path in shard_parquets(out) if (report := finished(path)) is not None]
+        left = Counter[str | None]()
         if not reports and (out / "_work").is_dir():
             going = "are being listed" if _is_held(out) else "were not all listed; run the same command again"
             return f"{out}: nothing is done yet: the rows {going}"
         if not reports:
             raise ValueError(f"{out}: nothing of ingestion in it; give the folder that ingest.py --out named")
+    # Rows of an unfinished retry have a fate already, and are being asked again: they are left, and neither done nor to
+    # be retried until that is over.
     fates = _fates(reports)
-    attempts = sum(report.rows for report in reports)
     kept = fates.get(SUCCESS, 0)
+    over = {fate: rest for fate, number in fates.items() if (rest := number - left[fate])}
+    again = {fate: number for fate, number in over.items() if fate in RETRIED}
+    attempts = sum(report.rows for report in reports)
     shard_bytes = sum(report.shard_bytes for report in reports)
     downloaded = sum(report.downloaded_bytes for report in reports)
     parts = stretches(read_journal(out / "_work"))
@@ -103,29 +115,44 @@ def status_text(out: Path) -> str:
         seconds = expected_s(parts, rows)
         return size(rows * bytes_each) if reports else "unknown", "unknown" if seconds is None else duration(seconds)
 
-    rows = sum(fates.values())
-    again = sum(number for fate, number in fates.items() if fate in RETRIED)
+    rows, num_left, num_again = sum(over.values()), left.total(), sum(again.values())
     same = "the same command"
     table = [
         ("done", f"{rows:,}", size(downloaded), duration(parts[-1].end_s) if parts else "unknown", ""),
-        ("left", f"{left:,}", *cost(left, downloaded / max(attempts, 1)), same if left else ""),
+        ("left", f"{num_left:,}", *cost(num_left, downloaded / max(attempts, 1)), same if num_left else ""),
         # At most: as if every one went well this time.
-        ("can be retried", f"{again:,}", *cost(again, downloaded / max(kept, 1)),
-         f"{same} with --retry" if again else ""),
+        ("can be retried", f"{num_again:,}", *cost(num_again, downloaded / max(kept, 1)),
+         f"{same} with --retry" if num_again else ""),
     ]  # fmt: skip
     shards = sum(bool(report.shard_bytes) for report in reports)
     running = "; a run is going on" if _is_held(out) else ""
     lines = [f"{out}: {kept:,} pairs in {shards:,} shards, {size(shard_bytes)}{running}"]
     if rows:
-        fates_text = ", ".join(f"{number:,} {fate}" for fate, number in fates.items() if fate in RETRIED)
         lines[0] += f"; {kept / rows:.1%} of the rows that are done are kept"
-        if fates_text:
-            lines.append(f"can be retried: {fates_text}")
+        if again:
+            lines.append("can be retried: " + ", ".join(f"{number:,} {fate}" for fate, number in again.items()))
     header = ("", "rows", "bytes read", "working time", "how")
     if not passes.plans:
         lines.append(f"{out / '_work'} is gone, so nothing more can be made here")
     costs = "what is left and retried costs about so much, at the rates seen here"
-    return "\n".join([*lines, "", format_table(header, table), costs if left or again else "nothing is left to do"])
+    return "\n".join([*lines, "", format_table(header, table), costs if num_left or again else "nothing is left to do"])
+
+
+def _gathered(passes: Passes, out: Path) -> tuple[list[Report], Counter[str | None]]:
+    """Returns the reports of what is done, and the rows that are left: their fate so far, None without, -> rows."""
+    reports: list[Report] = []
+    left: Counter[str | None] = Counter()
+    for number, plan in enumerate(passes.plans, 1):
+        found = {list_id: finished(list_path(out, list_id)) for list_id in plan.lists}
+        done = [report for report in found.values() if report is not None]
+        reports += done
+        if number == 1:
+            left[None] = plan.rows - sum(report.rows for report in done)
+            continue
+        for list_id in (list_id for list_id, report in found.items() if report is None):
+            rows = pq.read_table(list_path(passes.folder(number), list_id), columns=["previous_status"])
+            left.update(rows["previous_status"].to_pylist())
+    return reports, left
 
 
 def expected_s(parts: Sequence[Stretch], rows: int) -> float | None:

@@ -6,6 +6,7 @@ when a run is interrupted. A pass asks for every row once; `retry` makes another
 """
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -27,12 +28,14 @@ from .accept import Job, Report, Rules, accept, finished, retryable
 from .environment import check_engine, python
 from .fates import RETRIED
 from .img2dataset import Download, Proxy, Settings
+from .metadata import describe_files
 from .passes import Passes, Summary, refuse_other_data, summarise
 from .progress import Progress
 from .recipe import record
-from .select import Plan, describe_files, finish, list_path, select, write_lists
+from .select import select
 from .shards import clear_left_overs
 from .web_recipe import WebRecipe
+from .work_lists import Plan, finish, list_path, write_lists
 
 ACCEPTING = 1
 """Raise it when the same downloads would make other shards: folders of another number are not continued."""
@@ -194,7 +197,7 @@ def _round(batch: Sequence[int], lists: Path, staging: Path, binary: Path, optio
             elif download.idle_s() > patience:
                 print(f"img2dataset stood still for {patience} s; starting it again", file=sys.stderr)
                 break
-            accepting.progress.beat(download.staged_bytes)
+            accepting.progress.beat(download.staged)
             time.sleep(_TICK_S)
     if not proxy.alive:
         raise ValueError("the download proxy ended; run the same command to continue")
@@ -216,10 +219,12 @@ class Accepting:
         """Takes in what is done. Raises what went wrong."""
         for future in [future for future in self._running if future.done()]:
             job = self._running.pop(future)
-            self.progress.add(future.result())
+            report = future.result()
             if job.staged is not None:
                 for suffix in (".tar", ".parquet"):
                     job.staged.with_suffix(suffix).unlink(missing_ok=True)
+            # After that: what it counts no longer counts as in work.
+            self.progress.add(report)
 
     def wait(self, at_most: int) -> None:
         """Returns when no more than so many lists are waiting."""
@@ -240,5 +245,7 @@ def _origin(recipe: WebRecipe, options: Options) -> dict[str, Any]:
 
 
 def _last_line(log: Path) -> str:
+    """The last line of a log that tells an error; where none does, the last."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "it said nothing"
+    errors = [line for line in lines if re.match(r"[A-Za-z.]*(Error|Exception|Killed)\b", line)]
+    return (errors or lines or ["it said nothing"])[-1][:200]

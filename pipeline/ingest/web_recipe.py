@@ -15,7 +15,8 @@ from .picture import MAX_JPEG_SIDE
 ResizeMode = Literal["keep_ratio", "keep_ratio_largest", "no"]
 HashKind = Literal["", "md5", "sha1", "sha256", "sha512"]
 
-NAMES = ("url", "caption", "hash", "face_boxes")
+_ALWAYS = ("url", "caption")
+NAMES = (*_ALWAYS, "hash", "face_boxes")
 """Columns that ingestion itself reads; any other name in `columns` is for the filter and for `save`."""
 
 
@@ -94,13 +95,28 @@ class WebRecipe:
     @property
     def needed(self) -> tuple[str, ...]:
         """Our names of the columns that must be there."""
-        names = ["url", "caption", *(["hash"] if self.hash_kind else []), *(["face_boxes"] if self.blurs else [])]
+        names = [*_ALWAYS, *(["hash"] if self.hash_kind else []), *(["face_boxes"] if self.blurs else [])]
         return tuple(dict.fromkeys([*names, *self.save, *(Filter(self.filter).names if self.filter else ())]))
 
-    @property
-    def advice(self) -> str:
-        """What to do where a column is not found."""
-        return "Correct `columns` in the recipe"
+    def asked_by(self, name: str) -> str:
+        """Returns which keys of the recipe need a column, in words: `filter and save ask for it`."""
+        if name in _ALWAYS:
+            return "every recipe needs it"
+        asks = {
+            "filter": bool(self.filter) and name in Filter(self.filter).names,
+            "save": name in self.save,
+            "hash_kind": name == "hash" and bool(self.hash_kind),
+            "columns": name == "face_boxes" and self.blurs,
+        }
+        keys = [key for key, is_so in asks.items() if is_so]
+        return f"{' and '.join(keys)} ask{'s' if len(keys) == 1 else ''} for it"
+
+    def remedy(self, missing: Mapping[str, str | None]) -> str:
+        """Returns what to do where columns are not in the metadata; missing: our name -> the likeliest that is."""
+        names = ", ".join(f'{name} = ["{near or "ITS NAME"}"]' for name, near in missing.items())
+        advice = f"In the recipe, say what they call it: columns = {{ {names} }}"
+        needless = [name for name in missing if name not in _ALWAYS]
+        return advice + (f"; or do without {', '.join(needless)} there" if needless else "")
 
     @property
     def kept(self) -> tuple[str, ...]:
