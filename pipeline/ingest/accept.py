@@ -2,8 +2,8 @@
 
 Each picture is decoded once, by which it is proved; what comes out is upright RGB JPEG of the recipe's size. Every row
 of the list stands in the shard's parquet with its fate in `status`: `success`, or why it is not in the tar. The tar is
-renamed when it is whole and the parquet follows, so a shard whose parquet exists is complete. About 3 ms a picture of
-600 x 800.
+renamed when it is whole and the parquet follows, so a shard whose parquet exists is complete. About 7 ms a picture of
+600 x 800 at 256 px.
 """
 
 import hashlib

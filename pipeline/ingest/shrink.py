@@ -20,7 +20,7 @@ from .engine import Engine, run
 from .shards import clear_left_overs
 from .shrink_shard import FAILED, Job, Report, add, finished, shrink_shard
 
-COPYING = 1
+COPYING = 2
 """Raise it when the same shard gives other bytes: folders of another number are not continued."""
 RECORD_NAME = "shrink.json"
 

@@ -37,7 +37,7 @@ from .shards import clear_left_overs
 from .web_recipe import WebRecipe
 from .work_lists import Plan, finish, list_path, write_lists
 
-ACCEPTING = 1
+ACCEPTING = 2
 """Raise it when the same downloads would make other shards: folders of another number are not continued."""
 
 LISTS_A_ROUND = 64
