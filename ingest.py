@@ -217,7 +217,7 @@ def _download(recipe: WebRecipe, config: Ingest) -> str:
         config.allow_loopback,
     )
     options = web.Options(config.metadata, config.shrink, config.retry, config.workers, settings)
-    return _finished(web.make(recipe, config.out, options), config.out, None)
+    return _finished(web.make(recipe, config.out, options), config.out)
 
 
 def make_own(config: Folder | Shards) -> str:
@@ -229,11 +229,12 @@ def make_own(config: Folder | Shards) -> str:
     if isinstance(config, Folder):
         said["table"] = said.pop("metadata")
     options = own.Options("folder" if isinstance(config, Folder) else "shards", **said)
-    return _finished(own.make(config.source, config.out, options, config.workers), config.out, config.source)
+    bare = config.source if isinstance(config, Folder) and config.metadata is None else None
+    return _finished(own.make(config.source, config.out, options, config.workers), config.out, own=True, bare=bare)
 
 
-def _finished(summary: passes.Summary, out: Path, source: Path | None) -> str:
-    """Draws the report of a run and returns what to say at its end; source: of own pictures.
+def _finished(summary: passes.Summary, out: Path, *, own: bool = False, bare: Path | None = None) -> str:
+    """Draws the report of a run and returns what to say at its end; own, bare: see advice.nothing_kept.
 
     Raises ValueError where nothing was kept: whoever goes on to train on it must not think that all is well.
     """
@@ -243,7 +244,7 @@ def _finished(summary: passes.Summary, out: Path, source: Path | None) -> str:
         lines.append(f"picture: {out / 'report.png'}; tables: python ingest.py report {out}")
     if not summary.kept:
         print("\n".join(lines))
-        raise ValueError(advice.nothing_kept(summary, out, source))
+        raise ValueError(advice.nothing_kept(summary, out, own, bare))
     return "\n".join(lines)
 
 

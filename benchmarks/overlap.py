@@ -57,13 +57,13 @@ def events_of(trace: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """
     try:
         events: list[dict[str, Any]] = json.loads(trace.read_text())["traceEvents"]
+        events.sort(key=lambda event: event.get("ts", 0))
     except OSError as error:
         raise ValueError(f"{trace} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{trace} is no Chrome trace; train.py --profile 20 writes one") from None
-    events.sort(key=lambda event: event.get("ts", 0))
     parts = [event for event in events if event.get("cat") == PART]
-    if not parts:
+    if not any(event["name"] == WAIT for event in parts):
         raise ValueError(f"{trace} holds no parts of steps; take one of train.py --profile or of end_to_end --trace")
     made = [e for e in events if e.get("cat") == "user_annotation" and str(e.get("name", "")).startswith(MAKE)]
     return parts, made

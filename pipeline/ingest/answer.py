@@ -70,7 +70,9 @@ class Answer:
             if (response.body_bytes or 0) > self._limits.max_bytes:
                 raise Refused(413, "too large")
             self._response, self.has_begun = response, True
-            return response.head + self._body(bytes(self._read))
+            rest = bytes(self._read)
+            self._read.clear()
+            return response.head + self._body(rest)
         if len(self._read) + self._early_bytes > self._limits.header_bytes:
             raise Refused(502, "header too large")
         return b""

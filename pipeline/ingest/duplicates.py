@@ -21,7 +21,7 @@ _MURMUR = (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53))
 _MASKS = np.array([(1 << 8 * num_bytes) - 1 for num_bytes in range(9)], np.uint64)
 """Number of bytes of a word that belong to the string -> those bytes."""
 _MAX_WORDS = 128
-"""Longer strings are rare, and each further word costs all of a piece."""
+"""Below 256, since a byte holds the count. Longer strings are rare, and each further word costs all of a piece."""
 
 
 class Seen:

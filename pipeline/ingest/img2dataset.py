@@ -130,7 +130,7 @@ class Download:
         """img2dataset numbers its shards as these stand here."""
         self.shards = folder / "shards"
         self.staged = Staged(self.shards)
-        """What has come and was not taken away, when `idle_s` last looked."""
+        """What has come and was not taken away, as of its last look."""
         self._finished: set[int] = set()
         inputs = folder / "lists"
         shutil.rmtree(folder, ignore_errors=True)

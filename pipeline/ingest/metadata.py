@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from .expression import Filter
 
-BATCH_ROWS = 1 << 15
+_BATCH_ROWS = 1 << 15
 SUFFIXES = (".parquet", ".csv", ".tsv")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _MAX_NAMES_SHOWN = 60
@@ -125,7 +125,7 @@ class _File:
     def batches(self) -> Iterable[Any]:
         if self._path.suffix == ".parquet":
             columns = list(dict.fromkeys(self.columns.values()))
-            return self._reader.iter_batches(BATCH_ROWS, columns=columns, use_threads=False)
+            return self._reader.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False)
         return self._reader
 
     def close(self) -> None:

@@ -28,8 +28,8 @@ from .shards import clear_left_overs
 from .shrink import find_shards
 from .work_lists import Plan, finish, list_path, write_lists
 
-LISTING = 1
-"""Raise it when the same source would give other rows: folders of another number are not continued."""
+LISTING = 2
+"""Raise it when the same source would give other rows or other bytes: folders of another number are not continued."""
 SAMPLES_PER_SHARD = 10_000
 JPEG_QUALITY = 95
 

@@ -42,8 +42,10 @@ def select(recipe: WebRecipe, metadata: Sequence[Path], folder: Path) -> Plan:
     num_lists, rows = write_lists(tables, folder, 0, recipe.samples_per_shard)
     if not rows:
         # Nothing is begun then: the recipe may be corrected.
-        why = f'none passes filter = "{recipe.filter}"; loosen it' if counts["read"] else "give others"
-        raise ValueError(f"--metadata {metadata[0]}: of {counts['read']:,} rows {why}")
+        files = f"--metadata {metadata[0]}" + (f" and {len(metadata) - 1:,} more files" if len(metadata) > 1 else "")
+        if not counts["read"]:
+            raise ValueError(f"{files}: no rows in it; give other files")
+        raise ValueError(f'{files}: of {counts["read"]:,} rows none passes filter = "{recipe.filter}"; loosen it')
     if (remark := _other_size(recipe, counts["read"])) is not None:
         print(remark, file=sys.stderr)
     statuses = {status: counts[status] for status in STATUSES if counts[status]}

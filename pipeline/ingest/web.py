@@ -129,6 +129,8 @@ def _run_pass(recipe: WebRecipe, out: Path, options: Options, binary: Path, pass
 
     pool = WorkerPool(options.workers)
     done = [report for report in reports.values() if report is not None]
+    log = work / "img2dataset.log"
+    log_begins = log.stat().st_size if log.exists() else 0
     with Progress(plan.rows, done, work, "downloading") as progress:
         accepting = Accepting(pool, progress)
         try:
@@ -142,14 +144,14 @@ def _run_pass(recipe: WebRecipe, out: Path, options: Options, binary: Path, pass
                     batch = [remaining[i] for i in range(min(LISTS_A_ROUND, len(remaining)))]
                     done = _round(
                         batch, lists, work / "staging" / str(number), binary, options, recipe, proxy, accepting, job,
-                        work / "img2dataset.log",
+                        log,
                     )  # fmt: skip
                     remaining = deque(list_id for list_id in remaining if list_id not in done)
                     failures = 0 if done else failures + 1
                     if failures == MAX_FAILED_STARTS:
                         raise ValueError(
                             f"img2dataset ended {failures} times without finishing a list; "
-                            f"{work / 'img2dataset.log'} says why ({_last_line(work / 'img2dataset.log')})"
+                            f"{log} says why ({_last_line(log, log_begins)})"
                         )
                 accepting.wait(0)
         except BrokenProcessPool:
@@ -223,7 +225,7 @@ class Accepting:
             if job.staged is not None:
                 for suffix in (".tar", ".parquet"):
                     job.staged.with_suffix(suffix).unlink(missing_ok=True)
-            # After that: what it counts no longer counts as in work.
+            # Last, so that its pictures are not counted as in work too.
             self.progress.add(report)
 
     def wait(self, at_most: int) -> None:
@@ -244,8 +246,9 @@ def _origin(recipe: WebRecipe, options: Options) -> dict[str, Any]:
     }
 
 
-def _last_line(log: Path) -> str:
-    """The last line of a log that tells an error; where none does, the last."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"[A-Za-z.]*(Error|Exception|Killed)\b", line)]
+def _last_line(log: Path, start: int) -> str:
+    """The last line of a log, from a byte on, that tells an error; where none does, the last."""
+    said = log.read_bytes()[start:].decode(errors="replace")
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Killed)\b", line)]
     return (errors or lines or ["it said nothing"])[-1][:200]
