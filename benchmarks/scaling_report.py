@@ -7,7 +7,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
 from evaluation.lettering import FONT
 from pipeline.table import format_table
@@ -138,6 +138,9 @@ def _own_compute(axes: Axes, found: Sequence[Measurement], _full: int, name: str
         if line:
             axes.plot(*zip(*line, strict=True), "-o", color=colour, label=model)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("CPU hours measured, fine-tune included (numbers: tokens)")
     axes.set_ylabel("accuracy, %")
     axes.set_title(f"our runs, on {name}", loc="left", fontsize=11)
