@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from evaluation.lettering import FONT
 from pipeline.command import exit_code
-from training.trace import MAKE, PART, WAIT, overlap
+from training.trace import MAKE, PART, WAIT, is_named, overlap
 
 from .command import write_picture
 from .step_report import PART_COLOURS
@@ -65,8 +65,7 @@ def events_of(trace: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     parts = [event for event in events if event.get("cat") == PART]
     if not any(event["name"] == WAIT for event in parts):
         raise ValueError(f"{trace} holds no parts of steps; take one of train.py --profile or of end_to_end --trace")
-    made = [e for e in events if e.get("cat") == "user_annotation" and str(e.get("name", "")).startswith(MAKE)]
-    return parts, made
+    return parts, [event for event in events if is_named(event, MAKE)]
 
 
 def draw_overlap(parts: Sequence[dict[str, Any]], batches: Sequence[dict[str, Any]], out: Path, *, steps: int) -> None:

@@ -17,7 +17,6 @@ image_reductions = ["random"]
 """
 
 import dataclasses
-import difflib
 import functools
 import itertools
 import math
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from model.presets import model_config
+from pipeline.command import did_you_mean
 from training.config import parse
 from training.fields import Config
 from training.preset import flags
@@ -190,8 +190,7 @@ def _known(table: Mapping[str, Any], known: Iterable[str], where: str) -> None:
     names = list(known)
     for key in table:
         if key not in names:
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-            raise ValueError(f'unknown key "{where}{key}"; ' + (f'did you mean "{near[0]}"?' if near else f"{names}"))
+            raise ValueError(f'unknown key "{where}{key}"; {did_you_mean(key, names, str(names))}')
 
 
 def _table(table: dict[str, Any], key: str) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """What commands do alike: an exit code for the shell, and one line where something is wrong."""
 
+import difflib
 import functools
 import signal
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import ParamSpec
@@ -27,6 +28,12 @@ def exit_code(run: Callable[Arguments, None]) -> Callable[Arguments, int]:
         return 0
 
     return main
+
+
+def did_you_mean(name: str, known: Collection[str], otherwise: str) -> str:
+    """Returns what to say of a name that is not known: the nearest that is, or `otherwise` where none is near."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f'did you mean "{near[0]}"?' if near else otherwise
 
 
 def missing_packages_in_one_line() -> None:

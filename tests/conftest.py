@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -138,12 +139,21 @@ def png(pixels: Pixels) -> bytes:
     return stream.getvalue()
 
 
-def is_running(process: int) -> bool:
-    """Whether a process has not ended; one that has and that nobody collected is no more than a number."""
+def process_stat(process: int) -> list[str]:
+    """State, parent and so on of a process; empty where it has ended, though nobody may have collected it."""
     try:
-        return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
+        words = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
-        return False
+        return []
+    return [] if words[0] in "ZX" else words
+
+
+def eventually(holds: Callable[[], object]) -> bool:
+    """Whether something comes to hold before the patience for a machine that does much else is at its end."""
+    deadline = time.monotonic() + 240
+    while not (held := holds()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return bool(held)
 
 
 def unpacked_wheel(package: str, version: str, without: str) -> Path:

@@ -87,7 +87,7 @@ def test_pieces_are_clips(dialect: ClipBPE, reference: Any, text: str) -> None:
     assert pieces(dialect, [text]) == [reference.encode(text)]
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(text=plain_texts)
 def test_pieces_are_clips_for_any_text(dialect: ClipBPE, reference: Any, text: str) -> None:
     assert pieces(dialect, [text]) == [reference.encode(text)]
@@ -116,7 +116,7 @@ def test_rows_are_clips(clip_vocabulary: Path, reference: Any) -> None:
             assert row.tolist() == ids + [0] * (text_tokens - len(ids))
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(text=plain_texts)
 @example(text="a&b; &c")
 def test_cleaning_is_clips(original: Any, text: str) -> None:

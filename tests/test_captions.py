@@ -148,7 +148,7 @@ def plain_word(word: str) -> list[int]:
     return found
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(known_texts)
 @example("A man's café, 3rd Avenue — “Köln” 你好 🐶 supercalifragilistic " + "x" * 101)
 def test_pieces_are_those_of_a_plain_wordpiece(wordpiece_dialect: Dialect, text: str) -> None:
@@ -158,7 +158,7 @@ def test_pieces_are_those_of_a_plain_wordpiece(wordpiece_dialect: Dialect, text:
 # --- Every dialect and reduction --------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(captions=st.lists(captions_of_all_kinds, max_size=6), text_tokens=st.integers(3, 20))
 def test_rows_are_well_formed_whatever_the_bytes(dialect: Dialect, captions: list[bytes], text_tokens: int) -> None:
     for reduction in REDUCTIONS:
@@ -335,7 +335,7 @@ def plain_classes(dialect: Dialect, caption: bytes, ids: list[int]) -> list[int]
     return found
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(caption=st.one_of(known_texts, known_texts.map(str.upper)).map(str.encode))
 @example(caption=b"The orthopedic surgeon's two very old dogs were quickly running over 1,920 (red) zucchini flowers")
 def test_syntax_goes_by_the_word_class_table(dialect: Dialect, caption: bytes) -> None:

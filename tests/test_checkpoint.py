@@ -102,7 +102,7 @@ def meshes(world_size: int) -> list[tuple[int, ...]]:
     return [(world_size,), (2, world_size // 2)] if world_size % 2 == 0 else [(world_size,)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tensors(), st.data())
 def test_any_ranks_write_and_any_ranks_read(found: dict[str, torch.Tensor], data: st.DataObject) -> None:
     writing, reading = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
@@ -293,7 +293,7 @@ def test_any_one_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
     (folder,) = checkpoint.list_steps(tmp_path)
     files = sorted(folder.iterdir())
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(st.sampled_from(files), st.integers(0, 10**6), st.integers(0, 7))
     def flip(path: Path, at: int, bit: int) -> None:
         good = path.read_bytes()

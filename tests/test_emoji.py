@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import simplejpeg
-from conftest import is_running
+from conftest import eventually, process_stat
 
 from pipeline.ingest import emoji
 from pipeline.ingest.art import Picture, collect, ink_bounds, match, read_icons, read_labels, render
@@ -475,10 +474,10 @@ def test_a_killed_command_continues_to_the_same_bytes(cache: Path, tmp_path: Pat
     out = tmp_path / "out"
     call = command(tmp_path / "recipe.toml", "--out", out, "--workers", "2")
     with subprocess.Popen(call, stderr=subprocess.DEVNULL) as process:
-        assert wait_until(lambda: list(out.glob("train/*.parquet")))
+        assert eventually(lambda: list(out.glob("train/*.parquet")))
         workers = children(process.pid)
         process.send_signal(signal.SIGKILL)
-    assert wait_until(lambda: not any(map(is_running, workers))), "workers outlived the run"
+    assert eventually(lambda: not any(map(process_stat, workers))), "workers outlived the run"
     assert 1 <= len(list(out.glob("train/*.parquet"))) < 101
     assert not (out / "summary.json").exists()
     done = subprocess.run(call, capture_output=True, text=True, check=False)
@@ -497,7 +496,7 @@ def test_sigterm_ends_the_command_with_one_line_and_it_continues(
     out = tmp_path / "out"
     call = command(tmp_path / "recipe.toml", "--out", out, "--workers", "2")
     with subprocess.Popen(call, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        assert wait_until(lambda: list(out.glob("train/*.parquet")))
+        assert eventually(lambda: list(out.glob("train/*.parquet")))
         workers = children(process.pid)
         (os.killpg if whole_group else os.kill)(process.pid, signal.SIGTERM)
         said = process.communicate()[1].splitlines()
@@ -506,7 +505,7 @@ def test_sigterm_ends_the_command_with_one_line_and_it_continues(
     # The lines before it are the progress bar's.
     assert said[-1] == "interrupted; run the same command to continue"
     assert all("pictures" in line for line in said[:-1] if line)
-    assert wait_until(lambda: not any(map(is_running, workers))), "workers outlived the run"
+    assert eventually(lambda: not any(map(process_stat, workers))), "workers outlived the run"
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (out / "summary.json").exists()
@@ -514,15 +513,6 @@ def test_sigterm_ends_the_command_with_one_line_and_it_continues(
 
 def children(pid: int) -> list[int]:
     return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
-
-
-def wait_until(condition: Any) -> bool:
-    deadline = time.monotonic() + 240
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 @pytest.mark.slow

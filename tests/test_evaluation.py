@@ -71,7 +71,7 @@ def test_top_k_is_the_slow_count(make: Make, seed: int) -> None:
     assert found == {f"zero_shot_top{k}": slow_top_k(images, classes, labels.tolist(), k) for k in (1, 3, 5)}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 20), st.integers(1, 70))
 def test_batch_size_length_and_order_change_nothing(seed: int, num: int, num_classes: int, batch_size: int) -> None:
     rng = np.random.default_rng(seed)

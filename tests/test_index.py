@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import encode, is_running, png, write_tar
+from conftest import encode, eventually, png, process_stat, write_tar
 
 from pipeline.index import INDEX_NAME, open_index
 from pipeline.read import Reader
@@ -310,10 +310,7 @@ if __name__ == "__main__":
     process.wait()
     assert not (tmp_path / INDEX_NAME).exists()
     assert open_index([tmp_path]).num_samples == 300
-    deadline = time.monotonic() + 120
-    while any(is_running(int(child)) for child in children):
-        assert time.monotonic() < deadline, "a worker outlived its parent"
-        time.sleep(0.05)
+    assert eventually(lambda: not any(process_stat(int(child)) for child in children)), "a worker outlived its parent"
 
 
 def test_a_worker_that_dies_is_one_line(tmp_path: Path, coloured: Make) -> None:

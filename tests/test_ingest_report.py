@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from trouble_server import draw, encoded
@@ -339,7 +339,6 @@ def test_the_line_shows_what_has_come_before_a_list_is_finished(
 runs = st.lists(st.lists(st.tuples(st.floats(0.01, 100), st.integers(1, 50)), min_size=1, max_size=8), max_size=5)
 
 
-@settings(deadline=None)
 @given(runs, st.integers(1, 9))
 def test_working_time_is_that_of_all_runs_without_what_lies_between(
     told: list[list[tuple[float, int]]], most: int
@@ -366,7 +365,6 @@ def test_working_time_is_that_of_all_runs_without_what_lies_between(
         assert expected_s(parts, 10) is None
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 300), min_size=1), st.floats(0, 1))
 def test_percentiles_are_exact(values: list[int], share: float) -> None:
     spread = Spread(200)

@@ -75,7 +75,7 @@ def test_is_the_papers_loss_on_the_valid_pairs(loss: Loss, kind: str, bad: tuple
         torch.testing.assert_close(mine, theirs, rtol=1e-4 if dtype == torch.float32 else 1e-11, atol=10 * atol)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     kind=st.sampled_from(KINDS),
     tile=st.integers(1, 13),

@@ -40,7 +40,7 @@ def rows(order: Mixture, step: int, rank: int = 0, world_size: int = 1) -> list[
     return list(zip(slots.epoch.tolist(), slots.shard.tolist(), slots.ordinal.tolist(), strict=True))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(shares, lane_counts, st.integers(0, 2**44), st.integers(1, 300))
 def test_any_stretch_of_a_lane_holds_the_shares(shares: list[float], lanes: int, first: int, length: int) -> None:
     counts = of_weights(shares, lanes).counts(first + np.arange(length + 1), range(lanes))
@@ -54,7 +54,7 @@ def test_any_stretch_of_a_lane_holds_the_shares(shares: list[float], lanes: int,
     assert off < {2: 1, 3: 2}.get(len(shares), 4) + 1e-6
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(shares, st.integers(0, 2**20))
 def test_shares_hold_over_all_lanes_at_any_length(shares: list[float], steps: int) -> None:
     order = of_weights(shares, 64)
@@ -106,7 +106,7 @@ def test_any_world_size_and_any_step_alone_see_the_same_batches(shares: list[flo
     assert len(set(itertools.chain(*forward))) == 60 * 16
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.tuples(*[st.floats(0.01, 1)] * 3), st.integers(0, 2**31), st.sampled_from([1, 4, 8]))
 def test_each_sample_once_in_each_epoch_of_its_source(
     shares: tuple[float, float, float], seed: int, lanes: int

@@ -18,7 +18,7 @@ def pairs(order: Order, steps: range, rank: int = 0, world_size: int = 1) -> lis
     ]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(sizes, st.integers(0, 2**31), st.sampled_from([1, 2, 4, 8]), st.integers(1, 5))
 def test_every_sample_once_an_epoch(sizes: list[int], seed: int, lanes: int, window_shards: int) -> None:
     order = Order(sizes, batch_size=lanes, seed=seed, lanes=lanes, window_shards=window_shards)
@@ -30,7 +30,7 @@ def test_every_sample_once_an_epoch(sizes: list[int], seed: int, lanes: int, win
         assert all(0 <= ordinal < sizes[shard] for _, shard, ordinal in seen)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(sizes, st.integers(0, 2**31), st.sampled_from([1, 2, 4, 8]))
 def test_ranks_are_disjoint_and_together_the_whole_batch(sizes: list[int], seed: int, world_size: int) -> None:
     order = Order(sizes, batch_size=16, seed=seed, lanes=8)
@@ -74,7 +74,7 @@ def test_the_order_is_that_of_older_runs() -> None:
     assert digest.hexdigest() == "038f43a3d2bd41e8cb24d3c0a32bae53ec06da57c2d09e09c8864066edb167c7"
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(sizes, st.integers(0, 2**31), st.sampled_from([1, 2, 4, 8]), st.integers(1, 5))
 def test_a_resampled_epoch_is_whole_shards_drawn_again_and_again(
     sizes: list[int], seed: int, lanes: int, window_shards: int

@@ -12,7 +12,7 @@ def test_crop_ranges_are_checked() -> None:
         CropRange(area=(0.5, 1.5))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 4000), st.integers(1, 4000), st.integers(0, 2**40))
 def test_windows_lie_inside_the_image_and_keep_the_ranges(width: int, height: int, seed: int) -> None:
     ids = np.arange(64)

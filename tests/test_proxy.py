@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import eventually
 from hypothesis import given
 from hypothesis import strategies as st
 from trouble_server import Connection, Row, Web, answer, drip, picture, serving
@@ -104,10 +105,7 @@ def send(port: int, data: bytes) -> bytes:
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not holds() and time.monotonic() < end:
-        time.sleep(0.01)
-    assert holds()
+    assert eventually(holds)
 
 
 # Addresses

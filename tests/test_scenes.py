@@ -43,7 +43,6 @@ def plan(seed: int, image_size: int = 128, pictures: list[Picture] = PICTURES) -
     return plan_scene(np.random.default_rng(seed), pictures, image_size)
 
 
-@settings(deadline=None)
 @given(seeds, st.sampled_from([32, 100, 128, 224]))
 def test_objects_lie_apart_inside_the_image_where_the_caption_says(seed: int, image_size: int) -> None:
     scene = plan(seed, image_size)
@@ -61,7 +60,6 @@ def test_objects_lie_apart_inside_the_image_where_the_caption_says(seed: int, im
     assert covered.max() == 1
 
 
-@settings(deadline=None)
 @given(seeds)
 def test_captions_say_all_that_is_there_and_nothing_else(seed: int) -> None:
     scene = plan(seed)
@@ -92,7 +90,7 @@ def test_a_style_with_few_pictures_makes_small_scenes() -> None:
     assert all(len(plan(seed, pictures=PICTURES[:1]).placed) == 1 for seed in range(20))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seeds)
 def test_paint_puts_ink_in_the_boxes_and_background_elsewhere(seed: int) -> None:
     scene = plan(seed)
@@ -151,7 +149,6 @@ def test_backgrounds_look_as_their_phrases_say() -> None:
     assert (paint_background(upright, 40) == pixels.transpose(1, 0, 2)).all()
 
 
-@settings(deadline=None)
 @given(seeds)
 def test_training_singles_stay_in_the_frame(seed: int) -> None:
     scene = plan_single(np.random.default_rng(seed), square("cat", tags=("pet", "tail")), 128)
@@ -213,7 +210,6 @@ def plan_grouped(seed: int, image_size: int = 112, pictures: list[Picture] = GRO
     return plan_groups(np.random.default_rng(seed), pictures, image_size)
 
 
-@settings(deadline=None)
 @given(seeds, st.sampled_from([64, 112, 128]))
 def test_grouped_captions_say_how_many_how_big_and_where(seed: int, image_size: int) -> None:
     scene = plan_grouped(seed, image_size)
@@ -249,7 +245,6 @@ def test_grouped_captions_say_how_many_how_big_and_where(seed: int, image_size: 
         assert abs(centres[1][1 - axis] - centres[0][1 - axis]) < image_size / 3
 
 
-@settings(deadline=None)
 @given(seeds)
 def test_grouped_things_lie_apart_inside_the_image(seed: int) -> None:
     scene = plan_grouped(seed)

@@ -42,7 +42,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(samples, max_size=5), st.integers(0, 99_999))
 def test_write_then_read_is_identity(given_samples: list[Sample], shard_id: int) -> None:
     with tempfile.TemporaryDirectory() as folder:

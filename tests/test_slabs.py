@@ -10,14 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CrowdServer
+from conftest import CrowdServer, eventually, process_stat
 from test_loader import TENSORS, damage, new_loader, same
 
 from pipeline.index import Index, open_index
@@ -38,7 +38,7 @@ def workers_of(parent: int) -> list[int]:
     """The loader's worker processes of a process that have not ended."""
     found: list[int] = []
     for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal() and stat(int(folder.name))[1:2] == [str(parent)]:
+        if folder.name.isdecimal() and process_stat(int(folder.name))[1:2] == [str(parent)]:
             try:
                 command = (folder / "cmdline").read_bytes()
             except OSError:
@@ -46,15 +46,6 @@ def workers_of(parent: int) -> list[int]:
             if b"pipeline.loader_worker" in command:
                 found.append(int(folder.name))
     return sorted(found)
-
-
-def stat(process: int) -> list[str]:
-    """State, parent and so on of a process; empty where it has ended."""
-    try:
-        words = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return []
-    return [] if words[0] in "ZX" else words
 
 
 def memory_files(processes: str = "[0-9]*") -> set[int]:
@@ -81,13 +72,6 @@ def is_open(path: Path) -> bool:
             if os.readlink(descriptor) == str(path):
                 return True
     return False
-
-
-def eventually(holds: Callable[[], bool], seconds: float = 120) -> bool:
-    deadline = time.monotonic() + seconds
-    while not (held := holds()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return held
 
 
 @pytest.fixture(scope="module")
@@ -367,7 +351,7 @@ def kill_and_resume(shards: Path, scratch: Path, kills: int) -> None:
             assert len(workers) == 2
             assert len(files) == 2  # the slab, and what workers make their loader of
             process.kill()
-        assert eventually(lambda workers=workers: not any(map(stat, workers))), "workers outlive their parent"
+        assert eventually(lambda workers=workers: not any(map(process_stat, workers))), "workers outlive their parent"
         assert not files & memory_files()
     # Others on this machine may use it meanwhile, under names of their own or while they run.
     left = [name for name in set(os.listdir("/dev/shm")) - set(listed) if "shortclip" in name or "psm_" in name]

@@ -28,7 +28,7 @@ def saved(pixels: Pixels, form: str, mode: str = "RGB", **more: Any) -> bytes:
     return stream.getvalue()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(8, 90), st.integers(8, 90), st.sampled_from([16, 32, 48]), st.sampled_from(["bilinear", "bicubic"]))
 def test_shorter_is_the_middle_of_the_whole_resized(width: int, height: int, side: int, kernel: Any) -> None:
     pixels = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), np.uint8)

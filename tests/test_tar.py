@@ -25,7 +25,7 @@ def build(entries: list[tuple[str, bytes]], dialect: int, **headers: str) -> byt
     return stream.getvalue()
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     st.lists(st.tuples(names.map(lambda name: name[:60] * 4), st.binary(max_size=1500)), max_size=5),
     st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]),

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import samples_of
+from conftest import eventually, process_stat, samples_of
 from PIL import Image
 from trouble_server import Row, Web, encoded, picture, serving, write_metadata
 
@@ -298,10 +298,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_shards(
         for path in out.glob("*.tar"):
             with tarfile.open(path) as tar:
                 assert tar.getmembers()
-        deadline = time.monotonic() + 60
-        while processes_about(out) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not processes_about(out)
+        assert eventually(lambda: not processes_about(out))
     done = subprocess.run(command(metadata, out, recipe_file), check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert killed
@@ -352,10 +349,7 @@ def _command_line(pid: int) -> bytes:
 
 
 def _parent(pid: int) -> int:
-    try:
-        return int((Path("/proc") / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
+    return int((process_stat(pid) or ("", 0))[1])
 
 
 @pytest.mark.slow
@@ -472,16 +466,11 @@ def test_the_guard_ends_its_whole_group_with_whoever_started_it(tmp_path: Path) 
         start_new_session=True,
     )  # fmt: skip
     name = Path(f"987.{os.getpid()}")
-    deadline = time.monotonic() + 240
-    while len(processes_about(name)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(processes_about(name)) == 3
+    assert eventually(lambda: len(processes_about(name)) == 3)
     assert guard.stdin is not None
     guard.stdin.close()
     assert guard.wait(60) == -signal.SIGKILL
-    while processes_about(name) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not processes_about(name)
+    assert eventually(lambda: not processes_about(name))
 
 
 def test_the_guard_hands_on_how_its_command_ended() -> None:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from conftest import process_stat
+
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 600
 """For a machine that does much else: a run of these takes some seconds, with a compiler some more."""
@@ -62,16 +64,10 @@ def _children(parent: int) -> dict[int, list[bytes]]:
     """Returns the environment of each process that `parent` has started."""
     found: dict[int, list[bytes]] = {}
     for task in Path("/proc").glob("[0-9]*"):
-        try:
-            if int((task / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]) == parent:
+        with contextlib.suppress(OSError):
+            if process_stat(int(task.name))[1:2] == [str(parent)]:
                 found[int(task.name)] = (task / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
     return found
-
-
-def _state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def rank_pid(process: "subprocess.Popen[str]", rank: int) -> int:
@@ -84,7 +80,7 @@ def kill_all(process: "subprocess.Popen[str]") -> None:
     if process.poll() is None:
         # Stopped, it starts no rank that would not be found below.
         process.send_signal(signal.SIGSTOP)
-        while _state(process.pid) not in ("T", "Z"):
+        while process_stat(process.pid)[:1] not in (["T"], []):
             time.sleep(0.001)
         for pid in (*_children(process.pid), process.pid):
             with contextlib.suppress(ProcessLookupError):

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.command import did_you_mean
+
 # One value with two names: who gives it by either replaces both.
 _SYNONYMS = (frozenset({"steps", "samples"}), frozenset({"lr", "base_lr"}))
 
@@ -118,8 +120,7 @@ def _checked(path: Path, table: dict[str, Any], known: Collection[str], where: s
     named = {key.replace("-", "_"): key for key in table}
     for name, key in named.items():
         if name not in known or name in ("preset", "stage"):
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            advice = f'did you mean "{near[0]}"?' if near else "`python train.py --help` lists the keys"
+            advice = did_you_mean(name, known, "`python train.py --help` lists the keys")
             raise ValueError(f'--preset {path}: unknown key "{where}{key}"; {advice}')
     return {name: table[key] for name, key in named.items()}
 

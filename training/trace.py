@@ -63,7 +63,7 @@ def _part_events(
     events: Sequence[dict[str, Any]], marks: Sequence[Sequence[tuple[str, float]]]
 ) -> list[dict[str, Any]]:
     """Returns the parts as events; a step's event and its first mark are the same moment on two clocks."""
-    steps = sorted((e for e in events if _named(e, STEP)), key=lambda event: event["ts"])
+    steps = sorted((e for e in events if is_named(e, STEP)), key=lambda event: event["ts"])
     assert len(steps) == len(marks), (len(steps), len(marks))
     found: list[dict[str, Any]] = []
     for event, own in zip(steps, marks, strict=True):
@@ -92,7 +92,7 @@ def overlap(events: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]]) -
     first, last = (pick(e["ts"] + at * e["dur"] for e in parts) for pick, at in ((min, 0), (max, 1)))
     made = hidden = 0.0
     for event in events:
-        if not _named(event, MAKE):
+        if not is_named(event, MAKE):
             continue
         start, end = max(event["ts"], first), min(event["ts"] + event["dur"], last)
         made += max(0.0, end - start)
@@ -101,6 +101,7 @@ def overlap(events: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]]) -
     return min(1.0, hidden / made) if made else 0.0
 
 
-def _named(event: dict[str, Any], prefix: str) -> bool:
+def is_named(event: dict[str, Any], prefix: str) -> bool:
+    """Whether an event is what `record_function` named so."""
     # Of what record_function names on a CPU; a GPU's timeline repeats it under another category.
     return event.get("cat") == "user_annotation" and str(event.get("name", "")).startswith(prefix)

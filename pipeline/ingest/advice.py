@@ -41,14 +41,15 @@ _OFFLINE = "is this machine on the web, and does its name server answer? Then: t
 _NO_CAPTIONS = (
     "put each caption into the .txt file of its picture's name, or all into a table for --metadata; then delete {out}"
 )
-_UNCAPTIONED = "fill the captions of these samples (a table's column, or each sample's .txt), and give another --out"
-_LONG = "shorten these captions, and give another --out"
 _OTHER = "error_message in {out}/*.parquet says more"
 _TABLE = "{table} lies there: if it holds the captions, delete {out} and add --metadata {table}"
-
-
-_OF_OWN = {"no caption": _UNCAPTIONED, "caption too long": _LONG}
-"""The same for own data, which no recipe describes."""
+_OF_OWN = {
+    "no caption": (
+        "fill the captions of these samples (a table's column, or each sample's .txt), and give another --out"
+    ),
+    "caption too long": "shorten these captions, and give another --out",
+}
+"""As ADVICE, for own data, which no recipe describes."""
 
 
 def nothing_kept(summary: Summary, out: Path, own: bool = False, bare: Path | None = None) -> str:
@@ -73,9 +74,9 @@ def nothing_kept(summary: Summary, out: Path, own: bool = False, bare: Path | No
 
 def unread_table(source: Path, out: Path) -> str | None:
     """Returns what to say where a folder of pictures without caption files holds a table that no flag names."""
-    table = table_in(source)
-    said = _TABLE.format(table=table, out=out)
-    return None if table is None else f"note: no picture has a caption file, and {said}"
+    if (table := table_in(source)) is None:
+        return None
+    return f"note: no picture has a caption file, and {_TABLE.format(table=table, out=out)}"
 
 
 def table_in(folder: Path) -> Path | None:

@@ -87,12 +87,12 @@ class End:
             self._is_reading = False
             self._loop.remove_reader(self._number)
 
-    def when_writable(self, call: Callable[[], None]) -> None:
-        """Calls each time that there is room to send, until `wrote`."""
+    def _when_writable(self, call: Callable[[], None]) -> None:
+        """Calls each time that there is room to send, until `_wrote`."""
         self._is_writing = True
         self._loop.add_writer(self._number, call)
 
-    def wrote(self) -> None:
+    def _wrote(self) -> None:
         if self._is_writing:
             self._is_writing = False
             self._loop.remove_writer(self._number)
@@ -107,7 +107,7 @@ class End:
             if sent == len(data):
                 return True
             data = data[sent:]
-            self.when_writable(lambda: self._send_pending(drained))
+            self._when_writable(lambda: self._send_pending(drained))
         self.pending += data
         return False
 
@@ -118,16 +118,16 @@ class End:
             return
         except OSError:
             # The socket is readable too, and says there what is wrong.
-            self.wrote()
+            self._wrote()
             self.listen()
             return
         if not self.pending:
-            self.wrote()
+            self._wrote()
             drained()
 
     def close(self, reset: bool = False) -> None:
         self.deaf()
-        self.wrote()
+        self._wrote()
         if reset:
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

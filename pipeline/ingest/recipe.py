@@ -5,7 +5,6 @@ in one line that names the file, the key and what to do. A recipe with `extends 
 own keys put over it, so that a subset is a file of two lines.
 """
 
-import difflib
 import json
 import re
 import tomllib
@@ -14,6 +13,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from ..command import did_you_mean
 from .web_recipe import WebRecipe
 
 Kind = TypeVar("Kind")
@@ -220,8 +220,7 @@ def _refuse_unknown(table: Mapping[str, Any], keys: Collection[str], where: str)
     """Raises ValueError for a key that is none of `keys`, with the nearest of them."""
     for key in table:
         if key not in keys:
-            near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-            advice = f'did you mean "{near[0]}"?' if near else f"the keys are: {', '.join(sorted(keys))}"
+            advice = did_you_mean(key, keys, f"the keys are: {', '.join(sorted(keys))}")
             raise ValueError(f'unknown key "{where}{key}"; {advice}')
 
 
