@@ -1,9 +1,12 @@
 """Memory of the losses against batch size: `python -m benchmarks.loss_memory`.
 
-Forward and backward of each loss, dense and tiled, each in a process of its own: peak of resident memory over that with
-the inputs in place. Dense ones stop at the batch that would not fit. Prints a table, writes JSON and a plot.
+Forward and backward of each loss, dense and tiled, each in a process of its own: the most that tensors hold at once,
+and the process's peak of resident memory, both over features and parameters. The second is larger by what the allocator
+leaves unused between tensors, and not the same in two runs. Dense ones stop at the batch that would not fit. Prints a
+table, writes JSON and a plot of the first.
 """
 
+import functools
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +22,7 @@ from pipeline.command import exit_code
 
 from .command import write_json, write_picture
 from .environment import environment
-from .peak import in_own_process, peak_bytes
+from .peak import in_own_process, peak_bytes, peak_of_tensors
 
 _RESULTS = Path(__file__).parent / "results"
 _WARM_UP = 64
@@ -51,8 +54,10 @@ class Row:
     kind: LossKind
     tiled: bool
     batch_size: int
-    peak_bytes: int
-    """Over the process with features and parameters in place."""
+    tensor_bytes: int
+    """The most that tensors hold at once, over features and parameters."""
+    resident_bytes: int
+    """The process's peak over that with features and parameters in place."""
 
     @property
     def label(self) -> str:
@@ -79,16 +84,21 @@ def measured(config: LossMemory) -> list[Row]:
                 if form == "dense" and _DENSE_MATRICES * 4 * batch_size**2 > config.dense_gib * 2**30:
                     continue
                 try:
-                    peak = in_own_process(peak_over_inputs, kind, form == "tiled", batch_size, config.embed_dim)
+                    found = in_own_process(peaks_over_inputs, kind, form == "tiled", batch_size, config.embed_dim)
                 except ValueError as error:
                     raise ValueError(f"{kind}, {form}, batch {batch_size} could not be measured: {error}") from None
-                rows.append(Row(kind, form == "tiled", batch_size, peak))
-                print(f"{rows[-1].label:16} batch {batch_size:7,}  {rows[-1].peak_bytes / 2**20:9,.0f} MiB", flush=True)
+                rows.append(row := Row(kind, form == "tiled", batch_size, *found))
+                print(
+                    f"{row.label:16} batch {batch_size:7,}  {row.tensor_bytes / 2**20:8,.0f} MiB of tensors"
+                    f"  {row.resident_bytes / 2**20:8,.0f} MiB resident",
+                    flush=True,
+                )
     return rows
 
 
-def peak_over_inputs(kind: LossKind, tiled: bool, batch_size: int, embed_dim: int) -> int:
-    """Returns by how many bytes one forward and backward pass raised the peak of this process."""
+def peaks_over_inputs(kind: LossKind, tiled: bool, batch_size: int, embed_dim: int) -> tuple[int, int]:
+    """Returns the most bytes that the tensors of one forward and backward pass hold at once, and by how many it raised
+    the peak of this process."""
     torch.manual_seed(0)
     image_BE, text_BE = torch.randn(2, batch_size, embed_dim)
 
@@ -101,7 +111,9 @@ def peak_over_inputs(kind: LossKind, tiled: bool, batch_size: int, embed_dim: in
     step(min(_WARM_UP, batch_size))
     before = peak_bytes()
     step(batch_size)
-    return peak_bytes() - before
+    resident = peak_bytes() - before
+    # Last, since what the profiler takes down is memory too.
+    return peak_of_tensors(functools.partial(step, batch_size)), resident
 
 
 def plot(rows: list[Row], config: LossMemory) -> None:
@@ -109,12 +121,12 @@ def plot(rows: list[Row], config: LossMemory) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = FigureCanvasAgg(figure).figure.subplots()
     for label in dict.fromkeys(row.label for row in rows):
-        line = [(row.batch_size, row.peak_bytes / 2**30) for row in rows if row.label == label]
+        line = [(row.batch_size, row.tensor_bytes / 2**30) for row in rows if row.label == label]
         axes.plot(*zip(*line, strict=True), marker="o", linestyle="--" if "dense" in label else "-", label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=10)
     axes.set_xticks(config.batch_sizes, [f"{size:,}" for size in config.batch_sizes])
-    axes.set(xlabel="batch size, pairs", ylabel="peak memory over the inputs, GiB")
+    axes.set(xlabel="batch size, pairs", ylabel="most that tensors hold at once, GiB")
     axes.set_title(f"Loss, forward and backward, float32, {config.embed_dim} features, CPU")
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()

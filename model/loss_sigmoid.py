@@ -78,6 +78,8 @@ class _TiledSigmoid(torch.autograd.Function):
                 bias_grad += grad_ST.sum()
                 scaled_grad_RE[rows].addmm_(grad_ST, text_CE[columns])
                 text_grad_CE[columns].addmm_(grad_ST.T, scaled_RE[rows])
+                del grad_ST
+            del logits_ST, matches  # before the next tile is made
         ctx.save_for_backward(scaled_grad_RE, text_grad_CE, bias_grad)
         return total
 

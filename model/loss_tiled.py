@@ -52,6 +52,7 @@ class _LogSumExp(torch.autograd.Function):
             logits_ST = _logits(rows_RE, columns_CE, valid_R, valid_C, rows, columns)
             row_lse_R[rows] = torch.logaddexp(row_lse_R[rows], logits_ST.logsumexp(dim=1))
             column_lse_C[columns] = torch.logaddexp(column_lse_C[columns], logits_ST.logsumexp(dim=0))
+            del logits_ST  # before the next tile is made
         ctx.save_for_backward(rows_RE, columns_CE, valid_R, valid_C, row_lse_R, column_lse_C)
         return row_lse_R, column_lse_C
 
@@ -69,6 +70,7 @@ class _LogSumExp(torch.autograd.Function):
             grad_ST += logits_ST.sub_(column_lse_C[columns]).exp_().mul_(column_grad_C[columns])
             rows_grad_RE[rows].addmm_(grad_ST, columns_CE[columns])
             columns_grad_CE[columns].addmm_(grad_ST.T, rows_RE[rows])
+            del logits_ST, grad_ST
         return rows_grad_RE, columns_grad_CE, None, None
 
 
