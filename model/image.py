@@ -14,7 +14,7 @@ from torch import nn
 
 from .attention import AttentionName
 from .blocks import block_stack, run_blocks
-from .positions import sincos_2d
+from .positions import computed_positions
 from .presets import ImagePooling, ModelConfig, PatchInit
 
 # Of a unit normal cut at two standard deviations.
@@ -80,7 +80,7 @@ class ImageTower(nn.Module):
         self.class_token_D = nn.Parameter(torch.zeros(tower.width))
         if tower.class_init == "normal":
             nn.init.normal_(self.class_token_D, std=tower.width**-0.5)
-        table_GD = sincos_2d(tower.width, grid, tower.sincos)
+        table_GD = computed_positions(tower, grid)
         if tower.positions == "learned":
             self.position_table_GD = nn.Parameter(table_GD)
         else:

@@ -9,7 +9,7 @@ Shapes: R grid rows, C grid columns, G = R * C positions, D width, F = D / 4 fre
 import torch
 import torch.nn.functional as F
 
-from .presets import SinCos
+from .presets import ImageConfig, SinCos
 
 
 def sincos_2d(width: int, grid: tuple[int, int], formula: SinCos = "moco") -> torch.Tensor:
@@ -29,6 +29,11 @@ def sincos_2d(width: int, grid: tuple[int, int], formula: SinCos = "moco") -> to
     x_GF, y_GF = torch.outer(x_G, frequencies_F), torch.outer(y_G, frequencies_F)
     table_GD = torch.cat([x_GF.sin(), x_GF.cos(), y_GF.sin(), y_GF.cos()], dim=1)
     return table_GD.to(torch.float32)
+
+
+def computed_positions(image: ImageConfig, grid: tuple[int, int]) -> torch.Tensor:
+    """Returns the table that an image tower's config asks for, float32 [rows * columns, width]."""
+    return sincos_2d(image.width, grid, image.sincos).mul_(image.position_scale)
 
 
 def resized_grid(table_GD: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:

@@ -6,6 +6,7 @@ models), `NAME-bpe` the torch one (CLIP's BPE). What sets them apart is data her
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -45,6 +46,9 @@ class ImageConfig:
     `learned`: a trained table, which begins as the sin-cos one."""
     sincos: SinCos = "moco"
     """Whose frequencies the sin-cos table has."""
+    position_scale: float = 1.0
+    """What a computed table is multiplied by. Above 1 a token begins as its place with a little of its pixels, and the
+    tower as one that is nearly linear in them: a run of minutes fits less of what does not carry over."""
     block_init: BlockInit = "xavier"
     patch_init: PatchInit = "lecun_normal"
     class_init: ClassInit = "zeros"
@@ -56,6 +60,8 @@ class ImageConfig:
             raise ValueError(
                 f"image width {self.width} must be 8 or more and a multiple of 4 for 2-D sin-cos positions"
             )
+        if not 0 < self.position_scale < math.inf:
+            raise ValueError(f"image position_scale {self.position_scale} is not above 0")
 
     @property
     def patch_values(self) -> int:

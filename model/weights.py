@@ -23,7 +23,7 @@ from . import openclip
 from .choices import OnResize, Positions
 from .clip import CLIP
 from .openclip_config import DEFAULT_ACTIVATION, DEFAULT_EPS, OPENCLIP_CONFIG, described
-from .positions import resized_grid, resized_text, sincos_2d
+from .positions import computed_positions, resized_grid, resized_text
 from .presets import ImageConfig, ModelConfig, TextConfig
 
 # Wider than a table's rounding to float16; a trained or random one is far off.
@@ -57,8 +57,7 @@ class Weights:
     @property
     def image_positions(self) -> torch.Tensor:
         """Image positions, float32 [G, D]."""
-        image = self.config.image
-        return sincos_2d(image.width, self.grid, image.sincos) if self.table_GD is None else self.table_GD
+        return computed_positions(self.config.image, self.grid) if self.table_GD is None else self.table_GD
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -126,7 +125,7 @@ def read(path: Path, preset: ModelConfig) -> Weights:
     side = math.isqrt(len(table_GD))
     if side == 0 or side * side != len(table_GD):
         raise ValueError(f"--init {path} has {len(table_GD)} image positions, which is no square grid")
-    formula_GD = sincos_2d(config.image.width, (side, side), config.image.sincos)
+    formula_GD = computed_positions(config.image, (side, side))
     computed = torch.allclose(table_GD, formula_GD, rtol=0, atol=_TABLE_ATOL)
     return Weights(str(path), config, ours, (side, side), None if computed else table_GD)
 
@@ -201,9 +200,10 @@ def hand_over(
         how = f"{sizes}, {'computed anew' if recompute else 'interpolated'}"
     kind = "learned" if positions == "learned" else "computed" if recompute else "stored"
     source = weights.config
+    image = source.image
     config = replace(
         preset,
-        image=replace(preset.image, positions=kind, sincos=source.image.sincos),
+        image=replace(preset.image, positions=kind, sincos=image.sincos, position_scale=image.position_scale),
         activation=source.activation,
         norm_eps=source.norm_eps,
         pixel_mean=source.pixel_mean,
@@ -211,7 +211,7 @@ def hand_over(
     )
     state = dict(weights.tensors)
     if kind != "computed":
-        new_GD = sincos_2d(config.image.width, grid, config.image.sincos) if recompute else None
+        new_GD = computed_positions(config.image, grid) if recompute else None
         state[openclip.TABLE] = resized_grid(weights.image_positions, weights.grid, grid) if new_GD is None else new_GD
     state["text.positions_LD"] = resized_text(state["text.positions_LD"], text_tokens)
     phrases = [f"image positions {how}, {positions} from here on"]

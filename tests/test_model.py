@@ -16,7 +16,7 @@ from model.blocks import Block
 from model.clip import CLIP, attention_choices, gflops_per_pair
 from model.image import PatchEmbedding
 from model.loss import contrastive_loss
-from model.positions import resized_grid, resized_text, sincos_2d
+from model.positions import computed_positions, resized_grid, resized_text, sincos_2d
 from model.presets import PRESETS, ImageConfig, ModelConfig, TextConfig, from_json, model_config, to_json
 from model.text import end_positions
 from pipeline.plan import kept_positions
@@ -513,6 +513,16 @@ def test_positions_are_no_parameter_and_weights_move_to_another_grid():
     patches, positions = patchify(small_images())[:, :2], all_positions()[:, :2]
     with torch.no_grad():  # the first two positions are the first row of either grid
         torch.testing.assert_close(other.encode_image(patches, positions), model.encode_image(patches, positions))
+
+
+def test_computed_positions_have_the_scale_that_the_config_asks_for():
+    image = dataclasses.replace(SMALL.image, position_scale=10.0)
+    assert torch.equal(computed_positions(image, GRID), 10 * sincos_2d(48, GRID))
+    model = small_model(dataclasses.replace(SMALL, image=image))
+    assert torch.equal(model.image.position_table_GD, computed_positions(image, GRID))
+    for scale in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=rf"^image position_scale {scale} is not above 0$"):
+            dataclasses.replace(SMALL.image, position_scale=scale)
 
 
 @pytest.mark.parametrize("kind", ["stored", "learned"])

@@ -18,20 +18,20 @@ from safetensors.torch import save_file
 from model.clip import CLIP
 from model.openclip import from_openclip, to_openclip
 from model.openclip_config import described, openclip_config
-from model.positions import sincos_2d
+from model.positions import computed_positions
 from model.presets import ImageConfig, ModelConfig, TextConfig, model_config
 from model.weights import Weights, hand_over, own, read
 
 WORDPIECE = ModelConfig(
     "small",
-    ImageConfig(width=48, layers=2, heads=3, mlp_width=96, patch=8, pooling="patch_mean"),
+    ImageConfig(width=48, layers=2, heads=3, mlp_width=96, patch=8, pooling="patch_mean", position_scale=2.0),
     TextConfig(width=32, layers=1, heads=2, mlp_width=64, vocabulary=100),
     embed_dim=24,
 )
 BPE = dataclasses.replace(
     WORDPIECE,
     name="small-bpe",
-    image=dataclasses.replace(WORDPIECE.image, pooling="class", pre_norm=True, sincos="mae"),
+    image=dataclasses.replace(WORDPIECE.image, pooling="class", pre_norm=True, sincos="mae", position_scale=1.0),
     text=dataclasses.replace(WORDPIECE.text, causal=True, pooling="end", tokenizer="bpe"),
     activation="gelu",
     norm_eps=1e-5,
@@ -396,11 +396,10 @@ def test_hand_over_to_more_tokens(
         weights, config, grid=(14, 14), text_tokens=new_text_tokens, positions=positions, on_resize=on_resize
     )
     model = loaded(found, state, (14, 14), new_text_tokens)
-    formula = config.image.sincos
     if on_resize == "recompute":
-        expected = sincos_2d(48, (14, 14), formula)
+        expected = computed_positions(config.image, (14, 14))
     else:
-        old = sincos_2d(48, (4, 4), formula).T.reshape(1, 48, 4, 4)
+        old = computed_positions(config.image, (4, 4)).T.reshape(1, 48, 4, 4)
         expected = F.interpolate(old, (14, 14), mode="bicubic", antialias=True)[0].flatten(1).T
     torch.testing.assert_close(model.image.position_table_GD.detach(), expected)
     trained = "image.position_table_GD" in dict(model.named_parameters())
