@@ -86,9 +86,14 @@ class TextConfig:
     causal: bool = False
     """A token attends to itself and those before it, so what follows the end token changes nothing."""
     block_init: BlockInit = "scaled_normal"
+    embedding_std: float = 0.02
+    """Standard deviation that token embeddings begin with; positions begin with half of it. A norm follows, so that it
+    sets no size, but how fast the first steps turn an embedding round."""
 
     def __post_init__(self) -> None:
         _check_tower("text", self)
+        if not 0 < self.embedding_std < math.inf:
+            raise ValueError(f"text embedding_std {self.embedding_std} is not above 0")
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,12 @@ _WORDPIECE = (
         "ViT-Ti-16",  # ours, for laptops: not in the paper
         ImageConfig(width=128, layers=2, heads=2, mlp_width=512, patch=16, pooling="class"),
         TextConfig(width=128, layers=1, heads=2, mlp_width=512),
+        embed_dim=128,
+    ),
+    ModelConfig(  # ours, for the demo: what a run of minutes learns in it carries over to another style
+        "ViT-256x2-8",
+        ImageConfig(width=256, layers=2, heads=16, mlp_width=1024, patch=8, pooling="class", position_scale=10.0),
+        TextConfig(width=128, layers=1, heads=2, mlp_width=512, embedding_std=0.005),
         embed_dim=128,
     ),
     *(

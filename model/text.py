@@ -42,8 +42,8 @@ class TextTower(nn.Module):
         self.pooled_token = POOLINGS[tower.pooling]
         self.final_norm = nn.LayerNorm(tower.width, eps=config.norm_eps)
         self.projection = nn.Linear(tower.width, config.embed_dim, bias=False)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positions_LD, std=0.01)
+        nn.init.normal_(self.token_embedding.weight, std=tower.embedding_std)
+        nn.init.normal_(self.positions_LD, std=tower.embedding_std / 2)
         nn.init.normal_(self.projection.weight, std=tower.width**-0.5)
 
     def forward(self, caption_ids_BL: torch.Tensor) -> torch.Tensor:

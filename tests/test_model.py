@@ -689,6 +689,16 @@ def test_initialisation_is_the_dialects():
         assert parameter.std().item() == pytest.approx(std, rel=0.05)
 
 
+def test_text_embeddings_begin_as_small_as_the_config_asks_for():
+    torch.manual_seed(0)
+    text = CLIP(model_config("ViT-256x2-8"), grid=(4, 4), text_tokens=64).text
+    assert text.token_embedding.weight.std().item() == pytest.approx(0.005, rel=0.01)
+    assert text.positions_LD.std().item() == pytest.approx(0.0025, rel=0.05)
+    for std in (0.0, -0.02, math.inf, math.nan):
+        with pytest.raises(ValueError, match=rf"^text embedding_std {std} is not above 0$"):
+            dataclasses.replace(SMALL.text, embedding_std=std)
+
+
 def test_initialisation_of_the_bpe_dialect_is_torchs():
     torch.manual_seed(0)
     config = model_config("ViT-Ti-16-bpe")

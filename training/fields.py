@@ -44,8 +44,9 @@ class Config:
     stage: str | None = None
     """Train this stage of the preset only."""
     model: str = "ViT-B-16"
-    """Which encoders: ViT-Ti-16, ViT-96x6-16, ViT-192x6-16, ViT-384x6-16, ViT-S-16, ViT-B-16, ViT-L-16, ViT-L-14,
-    ViT-H-14 or ViT-bigG-14, with WordPiece captions; each as NAME-bpe in CLIPA's torch dialect, with CLIP's BPE."""
+    """Which encoders: ViT-Ti-16, ViT-256x2-8, ViT-96x6-16, ViT-192x6-16, ViT-384x6-16, ViT-S-16, ViT-B-16, ViT-L-16,
+    ViT-L-14, ViT-H-14 or ViT-bigG-14, with WordPiece captions; each as NAME-bpe in CLIPA's torch dialect, with CLIP's
+    BPE."""
     init: Path | None = None
     """Weights to start from: a run folder of this program, or open_clip's or CLIPA's .safetensors or .pt file."""
     image_positions: Positions = "fixed"
