@@ -47,8 +47,9 @@ class ImageConfig:
     sincos: SinCos = "moco"
     """Whose frequencies the sin-cos table has."""
     position_scale: float = 1.0
-    """What a computed table is multiplied by. Above 1 a token begins as its place with a little of its pixels, and the
-    tower as one that is nearly linear in them: a run of minutes fits less of what does not carry over."""
+    """What the sin-cos table is multiplied by, whether it is trained or not. Above 1 a token begins as its place with a
+    little of its pixels, and the tower as one that is nearly linear in them: a run of minutes fits less of what does
+    not carry over."""
     block_init: BlockInit = "xavier"
     patch_init: PatchInit = "lecun_normal"
     class_init: ClassInit = "zeros"
@@ -61,7 +62,7 @@ class ImageConfig:
                 f"image width {self.width} must be 8 or more and a multiple of 4 for 2-D sin-cos positions"
             )
         if not 0 < self.position_scale < math.inf:
-            raise ValueError(f"image position_scale {self.position_scale} is not above 0")
+            raise ValueError(f"image position_scale {self.position_scale} is no finite number above 0")
 
     @property
     def patch_values(self) -> int:
@@ -93,7 +94,7 @@ class TextConfig:
     def __post_init__(self) -> None:
         _check_tower("text", self)
         if not 0 < self.embedding_std < math.inf:
-            raise ValueError(f"text embedding_std {self.embedding_std} is not above 0")
+            raise ValueError(f"text embedding_std {self.embedding_std} is no finite number above 0")
 
 
 @dataclass(frozen=True)

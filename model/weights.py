@@ -26,7 +26,7 @@ from .openclip_config import DEFAULT_ACTIVATION, DEFAULT_EPS, OPENCLIP_CONFIG, d
 from .positions import computed_positions, resized_grid, resized_text
 from .presets import ImageConfig, ModelConfig, TextConfig
 
-# Wider than a table's rounding to float16; a trained or random one is far off.
+# Of sines and cosines; wider than their rounding to float16. A trained or random table is far off.
 _TABLE_ATOL = 1e-3
 
 
@@ -126,7 +126,7 @@ def read(path: Path, preset: ModelConfig) -> Weights:
     if side == 0 or side * side != len(table_GD):
         raise ValueError(f"--init {path} has {len(table_GD)} image positions, which is no square grid")
     formula_GD = computed_positions(config.image, (side, side))
-    computed = torch.allclose(table_GD, formula_GD, rtol=0, atol=_TABLE_ATOL)
+    computed = torch.allclose(table_GD, formula_GD, rtol=0, atol=_TABLE_ATOL * config.image.position_scale)
     return Weights(str(path), config, ours, (side, side), None if computed else table_GD)
 
 
@@ -178,7 +178,8 @@ def hand_over(
 ) -> tuple[ModelConfig, dict[str, torch.Tensor], list[str]]:
     """Returns the config and state of a model for another grid and text length, and what was done, in phrases.
 
-    The config is the preset with the activation, norm epsilon and pixel mean of the weights: they travel with them.
+    The config is the preset with the activation, norm epsilon, pixel mean and sin-cos table (formula and scale) of the
+    weights: they travel with them.
     positions: whether image positions are trained from here on. on_resize: `recompute` the sin-cos table for the new
     grid, as CLIPA's JAX code, or `interpolate` the old one, as its torch code; `auto` recomputes fixed positions that
     are sin-cos and interpolates others. Text positions are always resampled. logit_bias: what the model's bias begins

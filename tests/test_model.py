@@ -521,7 +521,7 @@ def test_computed_positions_have_the_scale_that_the_config_asks_for():
     model = small_model(dataclasses.replace(SMALL, image=image))
     assert torch.equal(model.image.position_table_GD, computed_positions(image, GRID))
     for scale in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match=rf"^image position_scale {scale} is not above 0$"):
+        with pytest.raises(ValueError, match=rf"^image position_scale {scale} is no finite number above 0$"):
             dataclasses.replace(SMALL.image, position_scale=scale)
 
 
@@ -695,7 +695,7 @@ def test_text_embeddings_begin_as_small_as_the_config_asks_for():
     assert text.token_embedding.weight.std().item() == pytest.approx(0.005, rel=0.01)
     assert text.positions_LD.std().item() == pytest.approx(0.0025, rel=0.05)
     for std in (0.0, -0.02, math.inf, math.nan):
-        with pytest.raises(ValueError, match=rf"^text embedding_std {std} is not above 0$"):
+        with pytest.raises(ValueError, match=rf"^text embedding_std {std} is no finite number above 0$"):
             dataclasses.replace(SMALL.text, embedding_std=std)
 
 

@@ -24,7 +24,7 @@ from model.weights import Weights, hand_over, own, read
 
 WORDPIECE = ModelConfig(
     "small",
-    ImageConfig(width=48, layers=2, heads=3, mlp_width=96, patch=8, pooling="patch_mean", position_scale=2.0),
+    ImageConfig(width=48, layers=2, heads=3, mlp_width=96, patch=8, pooling="patch_mean", position_scale=10.0),
     TextConfig(width=32, layers=1, heads=2, mlp_width=64, vocabulary=100),
     embed_dim=24,
 )
@@ -443,6 +443,18 @@ def test_the_same_lengths_change_nothing() -> None:
     assert config == WORDPIECE
     assert torch.equal(features(loaded(config, state, GRID, TEXT_TOKENS)), features(model))
     assert phrases == ["image positions as they were, fixed from here on"]
+
+
+def test_the_table_of_the_weights_wins_over_that_of_the_preset() -> None:
+    """Computed anew for another grid too: the weights were trained with it."""
+    other = dataclasses.replace(WORDPIECE.image, sincos="mae", position_scale=1.0)
+    preset = dataclasses.replace(WORDPIECE, image=other)
+    weights = weights_of(random_model(WORDPIECE))
+    for grid in (GRID, (7, 7)):
+        config, state, _ = hand_over(weights, preset, grid=grid, text_tokens=TEXT_TOKENS)
+        assert config == WORDPIECE
+        model = loaded(config, state, grid, TEXT_TOKENS)
+        assert torch.equal(model.image.position_table_GD, computed_positions(WORDPIECE.image, grid))
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
