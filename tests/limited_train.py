@@ -13,10 +13,11 @@ from training.checkpoint_writer import CheckpointWriter
 
 
 class Limited(CheckpointWriter):
-    """Lowers the limit before the save."""
+    """Lowers the limit before the save, and after the one before it, which goes on in the background."""
 
     def save(self, step: int, *arguments: Any, **more: Any) -> None:
         if step >= int(sys.argv[1]):
+            self.close()
             # Without it, the write that passes the limit fails with an error, as on a full disk.
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
