@@ -397,9 +397,20 @@ def test_a_rank_that_is_gone_is_named(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000001"]
 
 
+def test_only_rank_0_begins_a_save(tmp_path: Path) -> None:
+    """Another rank that comes when rank 0 has given up, as on a full disk, begins it no second time."""
+    late = CheckpointWriter(tmp_path, keep=1, rank=1, world_size=2, nonce="n", patience_s=0.1)
+    late.save(1, {"w": piece(torch.ones(4), (2,), (2,))}, {}, {})
+    with pytest.raises(OSError, match=r"step-00000001 cannot be written \(rank 0 of 2 did not begin it within 0\.1 s"):
+        late.close()
+    assert names(tmp_path) == []
+
+
 def test_what_a_killed_run_left_is_no_part_of_this_one(tmp_path: Path) -> None:
     whole = torch.ones(4)
     killed = CheckpointWriter(tmp_path, keep=1, rank=1, world_size=2, nonce="before")
+    # As far as its rank 0 had come.
+    (tmp_path / checkpoint.FOLDER / f"step-00000002.before-1{checkpoint.PARTIAL}").mkdir(parents=True)
     killed.save(2, {"w": piece(whole, (2,), (2,))}, {}, {})
     killed.close()
     (left_over,) = (tmp_path / checkpoint.FOLDER).iterdir()

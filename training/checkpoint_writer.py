@@ -77,7 +77,8 @@ class CheckpointWriter:
         """keep: how many of the newest stay; steps that are multiples of `milestone_every` stay too (0: none).
 
         nonce: of this start of the run, the same on all ranks (rank 0's secrets.token_hex(4), broadcast); only one
-        process alone may leave it out. patience_s: for which rank 0 waits for the parts of the others.
+        process alone may leave it out. patience_s: for which rank 0 waits for the parts of the others, and they for it
+        to begin.
         """
         assert nonce or world_size == 1, "ranks need one nonce, or what a killed run left could pass for a part"
         self._folder = run / FOLDER
@@ -192,7 +193,7 @@ class CheckpointWriter:
             self._write(save)
         except (OSError, SafetensorError) as error:  # SafetensorError: what safetensors makes of a full disk
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            if self._rank and not save.partial.exists():
+            if self._rank and not isinstance(error, TimeoutError) and not save.partial.exists():
                 reason = "rank 0 gave it up"
             self._clean_up(save, reason)
             self._error = OSError(
@@ -210,7 +211,9 @@ class CheckpointWriter:
                 # Those of this run may be other ranks' beginnings of this save.
                 if f".{self._nonce}-" not in left_over.name:
                     shutil.rmtree(left_over, ignore_errors=True)
-        save.partial.mkdir(exist_ok=True)
+            save.partial.mkdir(exist_ok=True)
+        else:
+            self._await_folder(save)
         part = self._write_part(save)
         if self._rank:
             write_text(save.partial / _part_name(self._rank), json.dumps(part))
@@ -220,6 +223,18 @@ class CheckpointWriter:
             parts += self._other_parts(save)
         _finish(save, parts)
         self._delete_older(save.final)
+
+    def _await_folder(self, save: _Save) -> None:
+        """Waits until rank 0 has begun. It alone makes the folder: made by another after it gave up, it would stay."""
+        deadline = time.monotonic() + self._patience_s
+        while not save.partial.is_dir():
+            if time.monotonic() > self._end_of(deadline):
+                raise TimeoutError(f"rank 0 of {self._world_size} did not begin it within {self._patience_s:g} s")
+            time.sleep(_POLL_S)
+
+    def _end_of(self, deadline: float) -> float:
+        """Returns until when to wait for other ranks; sooner once the run has ended with an error."""
+        return deadline if self._given_up_at is None else min(deadline, self._given_up_at)
 
     def _write_part(self, save: _Save) -> dict[str, Any]:
         """Writes this rank's files. Returns their sizes and checksums, and where their pieces lie in the whole."""
@@ -253,8 +268,7 @@ class CheckpointWriter:
             missing = [rank for rank in range(1, self._world_size) if _part_name(rank) not in names]
             if not missing:
                 break
-            end = deadline if self._given_up_at is None else min(deadline, self._given_up_at)
-            if time.monotonic() > end:
+            if time.monotonic() > self._end_of(deadline):
                 ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing[:8]))}"
                 raise TimeoutError(
                     f"no part came from {ranks} of {self._world_size} within {self._patience_s:g} s; "
