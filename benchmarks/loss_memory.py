@@ -22,7 +22,7 @@ from pipeline.command import exit_code
 
 from .command import write_json, write_picture
 from .environment import environment
-from .peak import in_own_process, peak_bytes, peak_of_tensors
+from .peak import in_own_process, peaks_of
 
 _RESULTS = Path(__file__).parent / "results"
 _WARM_UP = 64
@@ -109,11 +109,7 @@ def peaks_over_inputs(kind: LossKind, tiled: bool, batch_size: int, embed_dim: i
         contrastive_loss(Features(*features, *scalars), valid_B, kind=kind, tiled=tiled).backward()
 
     step(min(_WARM_UP, batch_size))
-    before = peak_bytes()
-    step(batch_size)
-    resident = peak_bytes() - before
-    # Last, since what the profiler takes down is memory too.
-    return peak_of_tensors(functools.partial(step, batch_size)), resident
+    return peaks_of(functools.partial(step, batch_size))
 
 
 def plot(rows: list[Row], config: LossMemory) -> None:

@@ -40,6 +40,15 @@ def peak_bytes() -> int:
     return int(found[1]) * 1024
 
 
+def peaks_of(run: Callable[[], object]) -> tuple[int, int]:
+    """Returns the most bytes that the tensors of a function hold at once, and by how many it raised the peak of this
+    process. Runs it twice: what the profiler takes down is memory too, so the process is looked at before."""
+    before = peak_bytes()
+    run()
+    resident = peak_bytes() - before
+    return peak_of_tensors(run), resident
+
+
 def peak_of_tensors(run: Callable[[], object]) -> int:
     """Returns the most bytes that tensors made by a function held at once, on the CPU: what the process takes beyond
     that is between them, in the allocator."""

@@ -37,7 +37,7 @@ from training.parallel import backward, over_ranks, spread
 
 from .command import write_json, write_picture
 from .environment import environment
-from .peak import in_own_process, peak_bytes, peak_of_tensors
+from .peak import in_own_process, peaks_of
 from .step_model import made_batches
 
 Layout = Literal["whole", "checkpointing", "micro-batches"]
@@ -185,11 +185,7 @@ def peaks_over_model(
         step(made_batches(encoders, config.geometry, size, text_tokens, count=1)[0], num_micro)
 
     step_of(_WARM_UP, min(accumulate, 2))
-    before = peak_bytes()
-    step_of(batch_size, accumulate)
-    resident = peak_bytes() - before
-    # Last, since what the profiler takes down is memory too.
-    return peak_of_tensors(functools.partial(step_of, batch_size, accumulate)), resident
+    return peaks_of(functools.partial(step_of, batch_size, accumulate))
 
 
 def plot(rows: Sequence[Row], config: StepMemory) -> None:

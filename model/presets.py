@@ -61,8 +61,6 @@ class ImageConfig:
             raise ValueError(
                 f"image width {self.width} must be 8 or more and a multiple of 4 for 2-D sin-cos positions"
             )
-        if not 0 < self.position_scale < math.inf:
-            raise ValueError(f"image position_scale {self.position_scale} is no finite number above 0")
 
     @property
     def patch_values(self) -> int:
@@ -93,8 +91,6 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _check_tower("text", self)
-        if not 0 < self.embedding_std < math.inf:
-            raise ValueError(f"text embedding_std {self.embedding_std} is no finite number above 0")
 
 
 @dataclass(frozen=True)
@@ -138,6 +134,8 @@ def _check_tower(kind: str, tower: ImageConfig | TextConfig) -> None:
         value = getattr(tower, field.name)
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise ValueError(f"{kind} {field.name} {value} is below 1")
+        if isinstance(value, float) and not 0 < value < math.inf:
+            raise ValueError(f"{kind} {field.name} {value} is no finite number above 0")
     if tower.width % tower.heads:
         raise ValueError(f"{kind} width {tower.width} is no multiple of its {tower.heads} heads")
 

@@ -179,12 +179,11 @@ def hand_over(
     """Returns the config and state of a model for another grid and text length, and what was done, in phrases.
 
     The config is the preset with the activation, norm epsilon, pixel mean and sin-cos table (formula and scale) of the
-    weights: they travel with them.
-    positions: whether image positions are trained from here on. on_resize: `recompute` the sin-cos table for the new
-    grid, as CLIPA's JAX code, or `interpolate` the old one, as its torch code; `auto` recomputes fixed positions that
-    are sin-cos and interpolates others. Text positions are always resampled. logit_bias: what the model's bias begins
-    with where the weights have none, as those of InfoNCE; None: the model has none. Raises ValueError, in one line,
-    where the model is another, or where trained positions would be thrown away.
+    weights: they travel with them. positions: whether image positions are trained from here on. on_resize: `recompute`
+    the sin-cos table for the new grid, as CLIPA's JAX code, or `interpolate` the old one, as its torch code; `auto`
+    recomputes fixed positions that are sin-cos and interpolates others. Text positions are always resampled.
+    logit_bias: what the model's bias begins with where the weights have none, as those of InfoNCE; None: the model has
+    none. Raises ValueError, in one line, where the model is another, or where trained positions would be thrown away.
     """
     check_same_architecture(weights.source, weights.config, preset)
     sincos = weights.table_GD is None

@@ -290,6 +290,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_shards(
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
         with contextlib.suppress(subprocess.TimeoutExpired):
+            # The first surely comes, though the machine be faster now than when the whole was timed.
             process.wait(rng.uniform(0.05, 0.6 if killed else 0.3) * whole_s)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -8,8 +8,9 @@ On every rank alike:
     # Here the last one is on disk; writer.waited_s says how long the steps waited.
 
 Ranks meet in the folder only, so the thread needs no collective, and with `--shard` all of them need one shared file
-system: each writes its files and a part-manifest into `step-XXXXXXXX.NONCE-N.partial`; rank 0 waits for the parts,
-adds layout, state and manifest, and renames. Tensors that are not sharded (DDP) are written by rank 0 alone.
+system: rank 0 makes `step-XXXXXXXX.NONCE-N.partial`, each writes its files and a part-manifest into it, and rank 0
+waits for the parts, adds layout, state and manifest, and renames. Tensors that are not sharded (DDP) are written by
+rank 0 alone.
 """
 
 import contextlib
@@ -208,9 +209,7 @@ class CheckpointWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._rank == 0:
             for left_over in self._folder.glob(f"*{PARTIAL}"):
-                # Those of this run may be other ranks' beginnings of this save.
-                if f".{self._nonce}-" not in left_over.name:
-                    shutil.rmtree(left_over, ignore_errors=True)
+                shutil.rmtree(left_over, ignore_errors=True)
             save.partial.mkdir(exist_ok=True)
         else:
             self._await_folder(save)
